@@ -1,0 +1,59 @@
+"""The typed batch that flows from the data set to the loss: one packed row of whole preference pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Whole preference pairs laid end to end in one row of ``t`` tokens, ready for packed attention.
+
+    Sequence ``2 * i`` is the chosen and ``2 * i + 1`` the rejected side of pair ``i``; each starts with its own
+    copy of the prompt. A row without pairs holds one dummy sequence and scores nothing. The row is the same on
+    every tensor- and pipeline-parallel rank and differs between data-parallel ranks.
+
+    Attributes:
+        tokens: Token ids, int64 [t].
+        position_ids: Position of each token in its own sequence, int64 [t].
+        padding_mask: True where a token is padding, bool [t].
+        cu_seqlens: Where each padded sequence starts, closed by ``t``, int32 [sequences + 1].
+        score_positions: Positions whose hidden state predicts a scored token, sorted by sequence, int64 [n].
+        score_labels: The token that each of them predicts, int64 [n].
+        score_is_response: True where that token belongs to a response (else to a prompt), bool [n].
+        score_lengths: How many of the ``n`` belong to each sequence, int64 [sequences].
+        pair_ids: Index of each pair in the data set, int64 [pairs].
+        num_nll_tokens: NLL tokens in the *whole global batch*, over all rows and ranks.
+        num_pairs: Pairs in the whole global batch.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    padding_mask: torch.Tensor
+    cu_seqlens: torch.Tensor
+    score_positions: torch.Tensor
+    score_labels: torch.Tensor
+    score_is_response: torch.Tensor
+    score_lengths: torch.Tensor
+    pair_ids: torch.Tensor
+    num_nll_tokens: int
+    num_pairs: int
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest padded sequence in tokens."""
+        return int(self.cu_seqlens.diff().max())
+
+    def to(self, device: torch.device | str) -> PackedRow:
+        """Returns the row with every tensor on ``device``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedRow(
+            **{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
+        )
+
+    def pin_memory(self) -> PackedRow:
+        """Returns the row in page-locked memory; PyTorch's data loader calls this."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedRow(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in values.items()})
