@@ -132,7 +132,7 @@ Section = TypeVar("Section")
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint such as `` Did you mean 'beta'?`` for a misspelt name, or nothing."""
     known = sorted(known)
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else f" Known: {', '.join(known)}."
 
 
@@ -156,14 +156,14 @@ def build_section(cls: type[Section], values: Mapping[str, Any], section: str) -
     for key in values:
         if key not in hints:
             raise ConfigError(f"{section}.{key} is not a setting.{nearest(str(key), hints)}")
-    checked = {key: _checked(value, hints[key], f"{section}.{key}") for key, value in values.items()}
+    checked = {key: checked_value(value, hints[key], f"{section}.{key}") for key, value in values.items()}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.default is dataclasses.MISSING and field.name not in checked:
             raise ConfigError(f"{section}.{field.name} is missing: the recipe must give it.")
     return cls(**checked)
 
 
-def _checked(value: Any, hint: Any, name: str) -> Any:
+def checked_value(value: Any, hint: Any, name: str) -> Any:
     """Returns ``value`` if it has the type that ``hint`` asks for (an int is a float), else raises."""
     origin = typing.get_origin(hint)
     options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)

@@ -1,0 +1,1 @@
+"""What knows Megatron-Bridge. Only ``settings`` and ``recipe`` may be imported without it."""

@@ -1,0 +1,184 @@
+"""Bridge's ``ConfigContainer`` and data set provider for a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.training import config as bridge_config
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+from megatron.bridge.training.tokenizers.config import TokenizerConfig
+from torch.utils.data import Dataset
+
+from orpo_megatron import cpu
+from orpo_megatron.batch import PackedRow
+from orpo_megatron.bridge.apply import apply_settings, build_settings
+from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.config import ConfigError
+from orpo_megatron.data.dataset import PackedRows, collate_fn
+
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+_OPTIONAL = {
+    "ft": bridge_config.FaultToleranceConfig,
+    "straggler": bridge_config.StragglerDetectionConfig,
+    "nvrx_straggler": bridge_config.NVRxStragglerDetectionConfig,
+    "comm_overlap": bridge_config.CommOverlapConfig,
+    "tensor_inspect": bridge_config.TensorInspectConfig,
+    "inprocess_restart": bridge_config.InProcessRestartConfig,
+}
+
+
+class RowStream(Dataset[PackedRow]):
+    """Packed rows as Bridge's loaders take them, repeated where need be.
+
+    Bridge reads one validation stream through all evaluations of a run, so it holds the rows once for each.
+    """
+
+    collate_fn = staticmethod(collate_fn)
+
+    def __init__(self, rows: PackedRows, passes: int = 1) -> None:
+        """Streams ``rows`` so many times."""
+        self.rows, self.passes = rows, passes
+
+    def __len__(self) -> int:
+        """Returns the number of rows of all passes."""
+        return len(self.rows) * self.passes
+
+    def __getitem__(self, index: int) -> PackedRow:
+        """Returns a row."""
+        return self.rows[index % len(self.rows)]
+
+
+@dataclass(kw_only=True)
+class PreferenceData(DatasetProvider):
+    """Hands Bridge's loaders the packed rows of a plan, in plan order, so that resuming is exact.
+
+    The fields are what a checkpoint records; the data sets themselves are set by ``attach``.
+    """
+
+    seq_length: int
+    rows_per_step: int
+    content_hash: str
+    dataloader_type: Literal["single"] = "single"
+    num_workers: int = 0
+    persistent_workers: bool = False
+    pin_memory: bool = True
+
+    def attach(self, train: RowStream, valid: RowStream | None) -> PreferenceData:
+        """Sets the data sets."""
+        self._train, self._valid = train, valid
+        return self
+
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
+        """Returns the training rows and the validation rows, if any; there is no test set."""
+        return self._train, self._valid, None
+
+
+def make_container(
+    recipe: Recipe, provider: GPTModelProvider, dataset: PreferenceData, *, num_steps: int, eval_plan: Any
+) -> ConfigContainer:
+    """Builds Bridge's configuration for a recipe.
+
+    Args:
+        recipe: The recipe.
+        provider: The model.
+        dataset: The packed rows.
+        num_steps: Optimizer steps.
+        eval_plan: Plan of an evaluation, or None.
+
+    Returns:
+        The container; Bridge finalises and validates it when the run starts.
+
+    Raises:
+        ConfigError: If a value is not what Bridge's setting takes.
+    """
+    run_dir, given = recipe.run_dir, recipe.sections
+
+    def build(name: str, cls: Any, **defaults: Any) -> Any:
+        values = {k: v for k, v in given.get(name, {}).items() if (name, k) != ("train", "num_epochs")}
+        return build_settings(cls, values, name, **defaults)
+
+    weight_decay = recipe.setting("optimizer.weight_decay", 0.0)
+    container = ConfigContainer(
+        model=provider,
+        dataset=dataset,
+        # Bridge only asks it for the size of the vocabulary.
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size - 1),
+        train=build(
+            "train",
+            bridge_config.TrainingConfig,
+            train_iters=num_steps,
+            global_batch_size=dataset.rows_per_step,
+            micro_batch_size=1,
+            exit_signal_handler=True,
+        ),
+        validation=build(
+            "validation",
+            bridge_config.ValidationConfig,
+            eval_iters=eval_plan.num_steps if eval_plan else 0,
+            eval_global_batch_size=eval_plan.rows_per_step if eval_plan else dataset.rows_per_step,
+            eval_micro_batch_size=1,
+        ),
+        optimizer=build(
+            "optimizer",
+            bridge_config.OptimizerConfig,
+            lr=5e-6,
+            min_lr=0.0,
+            weight_decay=weight_decay,
+            use_distributed_optimizer=True,
+        ),
+        scheduler=build(
+            "scheduler",
+            bridge_config.SchedulerConfig,
+            start_weight_decay=weight_decay,
+            end_weight_decay=weight_decay,
+        ),
+        ddp=build(
+            "ddp",
+            bridge_config.DistributedDataParallelConfig,
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+        ),
+        checkpoint=build(
+            "checkpoint",
+            bridge_config.CheckpointConfig,
+            save=str(run_dir / CHECKPOINTS),
+            load=str(run_dir / CHECKPOINTS),
+            save_interval=num_steps,
+        ),
+        logger=build("logger", bridge_config.LoggerConfig, tensorboard_dir=str(run_dir / TENSORBOARD), log_interval=1),
+        dist=build("dist", bridge_config.DistributedInitConfig, distributed_backend="gloo" if cpu.is_active() else "nccl"),
+        rng=build("rng", bridge_config.RNGConfig),
+        rerun_state_machine=build("rerun_state_machine", bridge_config.RerunStateMachineConfig),
+        profiling=build("profiling", bridge_config.ProfilingConfig),
+        mixed_precision=_mixed_precision(given.get("mixed_precision")),
+        env_vars=given.get("env_vars", {}),
+        **{name: build(name, cls) for name, cls in _OPTIONAL.items() if name in given},
+    )
+    return container
+
+
+def _mixed_precision(value: Any) -> Any:
+    """Returns Bridge's precision setting: a name such as ``bf16_mixed``, an object, or None for fp32."""
+    if value is None or isinstance(value, str):
+        return value
+    return apply_settings(MixedPrecisionConfig(), value, "mixed_precision")
+
+
+def latest_step(run_dir: Path) -> int:
+    """Returns the step of the run's latest complete checkpoint, 0 where there is none.
+
+    Raises:
+        ConfigError: If the tracker file cannot be read.
+    """
+    tracker = run_dir / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return 0
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise ConfigError(f"{tracker} ({text!r}) must hold the step of a checkpoint. Write it, or remove the folder.")
+    return int(text)

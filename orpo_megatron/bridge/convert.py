@@ -1,0 +1,107 @@
+"""Hugging Face to Megatron and back, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.model_load_save import build_and_load_model, load_model_config
+from transformers import GenerationConfig, PretrainedConfig
+
+from orpo_megatron import cpu
+from orpo_megatron.bridge.model import fit_to_machine, make_bridge
+from orpo_megatron.bridge.prepare import model_source
+from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.config import ConfigError
+from orpo_megatron.data.sources import load_tokenizer
+
+
+def write_artifacts(recipe: Recipe, bridge: Any, folder: Path) -> None:
+    """Writes what belongs to a Hugging Face model beside its weights.
+
+    That is the configuration, the tokenizer with the chat template that the run used, and the generation settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hf_config = getattr(bridge.hf_pretrained, "config", bridge.hf_pretrained)
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.cache_dir, recipe.data.chat_template)
+    config = hf_config.to_dict()
+    config.pop("auto_map", None)
+    type(hf_config).from_dict(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _generation_config(recipe, tokenizer).save_pretrained(folder)
+
+
+def _generation_config(recipe: Recipe, tokenizer: Any) -> GenerationConfig:
+    """Returns the base model's generation settings, or plain ones that stop at the tokenizer's EOS."""
+    try:
+        return GenerationConfig.from_pretrained(model_source(recipe))
+    except OSError:
+        pass  # a model need not have any
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Returns the folder of one checkpoint: ``path`` itself, or the latest below it.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    for root in (path, path / "checkpoints"):
+        if (root / "run_config.yaml").is_file():
+            return root
+        found = sorted(root.glob("iter_*/run_config.yaml"))
+        if found:
+            return found[-1].parent
+    raise ConfigError(f"{path} holds no Megatron checkpoint (no run_config.yaml in it or in an iter_* folder).")
+
+
+def load_checkpoint_model(folder: Path) -> list[torch.nn.Module]:
+    """Loads a checkpoint's whole model into this one process.
+
+    Args:
+        folder: From ``checkpoint_folder``.
+
+    Returns:
+        The model as one chunk.
+    """
+    provider, megatron_args = load_model_config(str(folder))
+    provider.tensor_model_parallel_size = provider.pipeline_model_parallel_size = 1
+    provider.context_parallel_size = provider.expert_model_parallel_size = 1
+    provider.expert_tensor_parallel_size = 1
+    provider.virtual_pipeline_model_parallel_size = None
+    provider.sequence_parallel = False
+    provider.perform_initialization = False
+    provider.variable_seq_lengths = False
+    fit_to_machine(provider)
+    model = build_and_load_model(str(folder), provider, None, megatron_args, use_cpu_init=cpu.is_active())
+    return model if isinstance(model, list) else [model]
+
+
+def export_checkpoint(recipe: Recipe, hf_config: PretrainedConfig, checkpoint: Path, folder: Path) -> None:
+    """Writes a run's checkpoint as a Hugging Face folder: weights, configuration, tokenizer, generation settings.
+
+    Args:
+        recipe: The run's recipe.
+        hf_config: The model's Hugging Face configuration.
+        checkpoint: A checkpoint, or a folder of them; the latest is taken.
+        folder: Where to write.
+    """
+    bridge = make_bridge(recipe, hf_config)
+    model = load_checkpoint_model(checkpoint_folder(checkpoint))
+    write_artifacts(recipe, bridge, folder)
+    bridge.save_hf_weights(model, folder, show_progress=False)
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """Returns the run's last training figures, and its last evaluation's with their prefix ``eval_``."""
+    path, metrics = run_dir / "metrics.jsonl", {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            metrics.update(json.loads(line))
+    return metrics

@@ -1,0 +1,83 @@
+"""The model provider: an architecture and its weights, fitted to what this machine can run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from transformers import PretrainedConfig
+
+from orpo_megatron import cpu
+from orpo_megatron.bridge.apply import apply_settings
+from orpo_megatron.bridge.prepare import model_source
+from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.config import ConfigError
+from orpo_megatron.core.attention import packed_local_layer_spec
+
+# A checkpoint names the layer specification and the data set by their import paths.
+register_allowed_target_prefix("orpo_megatron")
+
+
+def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
+    """Returns the converter between Hugging Face and Megatron for the recipe's model.
+
+    Raises:
+        ConfigError: If Megatron-Bridge does not know the architecture.
+    """
+    if not AutoBridge.supports(hf_config):
+        raise ConfigError(
+            f"Megatron-Bridge has no bridge for {', '.join(hf_config.architectures or [hf_config.model_type])}. It has "
+            f"these: {', '.join(AutoBridge.list_supported_models())}."
+        )
+    return AutoBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
+
+
+def make_provider(recipe: Recipe, bridge: AutoBridge[Any], *, load_weights: bool) -> GPTModelProvider:
+    """Makes the model provider of a run.
+
+    Args:
+        recipe: The recipe; its section ``model`` wins over what the architecture implies.
+        bridge: From ``make_bridge``.
+        load_weights: Whether weights come from Hugging Face; False where a checkpoint brings them.
+
+    Returns:
+        The provider, not yet finalised.
+    """
+    provider = bridge.to_megatron_provider(load_weights=load_weights)
+    provider.seq_length = recipe.data.row_budget
+    provider.hidden_dropout = provider.attention_dropout = 0.0
+    provider.calculate_per_token_loss = False
+    provider.cross_entropy_loss_fusion = False
+    # Rows differ in length, so pipeline stages must exchange shapes; Megatron-Core ties that to this dispatcher.
+    provider.variable_seq_lengths = recipe.parallel_size("pipeline_model") > 1
+    provider.moe_token_dispatcher_type = "alltoall"
+    set_dtype(provider, torch.float32)
+    fit_to_machine(provider)
+    return apply_settings(provider, recipe.sections["model"], "model")
+
+
+def set_dtype(provider: GPTModelProvider, dtype: torch.dtype) -> None:
+    """Sets the dtype of weights and of what pipeline stages exchange; ``mixed_precision`` overrides it later."""
+    provider.params_dtype = provider.autocast_dtype = provider.pipeline_dtype = dtype
+    provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+
+
+def fit_to_machine(provider: GPTModelProvider) -> None:
+    """Takes Megatron-Core's local layers and no fused kernels where there is no Transformer Engine or no GPU."""
+    if HAVE_TE and not cpu.is_active():
+        return
+    provider.transformer_layer_spec = packed_local_layer_spec
+    for fusion in (
+        "apply_rope_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "gradient_accumulation_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+    ):
+        setattr(provider, fusion, False)
+    provider.use_cpu_initialization = cpu.is_active()

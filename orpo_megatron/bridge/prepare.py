@@ -1,0 +1,241 @@
+"""Everything of a run that can be done and checked before Megatron is imported: data, plan, layout, what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig, PretrainedConfig
+
+from orpo_megatron.bridge.recipe import Recipe, check_layout
+from orpo_megatron.config import ConfigError
+from orpo_megatron.data.cache import build_once
+from orpo_megatron.data.plan import StepPlan, make_eval_plan, make_plan
+from orpo_megatron.data.sources import first_line, load_tokenizer, resolve
+from orpo_megatron.data.store import PairStore, prepare
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data and plans of a run.
+
+    Attributes:
+        store: Token ids of the training pairs.
+        plan: Their steps.
+        eval_store: Token ids of the held-out pairs, if the recipe has any.
+        eval_plan: An evaluation's steps.
+        pad_token_id: What fills up a row.
+    """
+
+    store: PairStore
+    plan: StepPlan
+    eval_store: PairStore | None
+    eval_plan: StepPlan | None
+    pad_token_id: int
+
+
+def model_source(recipe: Recipe) -> str:
+    """Returns the Hugging Face folder or id that the run's weights start from.
+
+    Weights of a ``model.config`` are drawn from ``rng.seed`` by transformers, once and on one process, so that they
+    are the same however the model is split; that is meant for toys and tests.
+
+    Raises:
+        ConfigError: If there is no such model, or transformers does not know the architecture.
+    """
+    if recipe.hf is not None:
+        return resolve(recipe.hf, recipe.cache_dir)
+    values = dict(recipe.hf_config or {})
+    identity = json.dumps([values, recipe.seed], sort_keys=True)
+    folder = recipe.cache_dir.absolute() / "models" / f"random-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def build(scratch: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.for_model(values.pop("model_type", None), **values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"model.config is not a configuration that transformers knows: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(scratch)
+
+    build_once(folder, build, Path.exists)
+    return str(folder)
+
+
+def load_hf_config(recipe: Recipe) -> PretrainedConfig:
+    """Loads the model's Hugging Face configuration.
+
+    Raises:
+        ConfigError: If it is not there or not one that transformers knows.
+    """
+    source = model_source(recipe)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The model {recipe.hf} (model.hf) cannot be had: {first_line(error)} Give a Hugging Face folder or a "
+            "GGUF file if this machine reaches no hub."
+        ) from error
+
+
+def prepare_run(
+    recipe: Recipe, hf_config: PretrainedConfig, world_size: int, rows_per_step: int | None, show_progress: bool
+) -> Prepared:
+    """Tokenises what is not in the cache and plans the run; every rank may call it, one does the work.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        world_size: Number of ranks.
+        rows_per_step: Rows of a step as a checkpoint fixed them, or None.
+        show_progress: Whether this rank shows the progress of tokenising.
+
+    Returns:
+        Data and plans.
+
+    Raises:
+        ConfigError: If the data, the tokenizer or the layout do not fit.
+    """
+    check_layout(recipe, hf_config, world_size)
+    data, cache = recipe.data, recipe.cache_dir
+    tokenizer = load_tokenizer(recipe.tokenizer, cache, data.chat_template)
+    vocab_size = getattr(hf_config, "vocab_size", None)
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"The tokenizer {recipe.tokenizer} has {len(tokenizer)} tokens but the model's vocabulary has {vocab_size}. "
+            "Use the model's own tokenizer (leave data.tokenizer out), or a model with a larger vocabulary."
+        )
+    store = _store(recipe, "train", show_progress)
+    eval_store = _store(recipe, "eval", show_progress) if data.eval is not None else None
+    dp, multiple = recipe.data_parallel_size(world_size), sequence_multiple(recipe)
+    plan = make_plan(
+        store.lengths,
+        nll_scope=recipe.orpo.nll_scope,
+        pairs_per_step=data.pairs_per_step,
+        num_steps=num_steps(recipe, len(store)),
+        seed=recipe.seed,
+        shuffle=data.shuffle,
+        max_tokens_per_row=data.row_budget,
+        rows_multiple_of=dp,
+        rows_per_step=rows_per_step or data.rows_per_step,
+        sequence_multiple_of=multiple,
+    )
+    eval_plan = None
+    if eval_store is not None:
+        eval_plan = make_eval_plan(
+            eval_store.lengths,
+            nll_scope=recipe.orpo.nll_scope,
+            pairs_per_step=data.pairs_per_step,
+            max_tokens_per_row=data.row_budget,
+            rows_multiple_of=dp,
+            sequence_multiple_of=multiple,
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Prepared(store, plan, eval_store, eval_plan, int(pad))
+
+
+def _store(recipe: Recipe, role: str, show_progress: bool) -> PairStore:
+    """Returns the token ids of the ``train`` or the ``eval`` pairs."""
+    data = recipe.data
+    sources, split = (data.train, data.train_split) if role == "train" else (data.eval, data.eval_split)
+    return prepare(
+        sources,
+        split,
+        config=data,
+        tokenizer_name=recipe.tokenizer,
+        cache_dir=recipe.cache_dir,
+        role=role,
+        show_progress=show_progress,
+    )
+
+
+def num_steps(recipe: Recipe, num_pairs: int) -> int:
+    """Returns the optimizer steps that ``train.train_iters`` or ``train.num_epochs`` asks for."""
+    iters = recipe.setting("train.train_iters")
+    if iters is not None:
+        return int(iters)
+    steps_per_epoch = math.ceil(num_pairs / recipe.data.pairs_per_step)
+    return math.ceil(steps_per_epoch * recipe.setting("train.num_epochs"))
+
+
+def sequence_multiple(recipe: Recipe) -> int:
+    """Returns what kernels and the split of rows demand that a packed sequence's length be a multiple of."""
+    multiple = recipe.parallel_size("tensor_model") if recipe.setting("model.sequence_parallel") else 1
+    precision = recipe.sections.get("mixed_precision")
+    name = precision if isinstance(precision, str) else str((precision or {}).get("fp8") or "")
+    # FP8 matrix products on H100 want a row's tokens in multiples of 16 (Transformer Engine 2.x documentation).
+    return math.lcm(multiple, 16) if "fp8" in name or (not isinstance(precision, str) and name) else multiple
+
+
+# --- what already lies in the run's folder ----------------------------------------------------------------------
+
+#: Settings that a run may change when it goes on: none of them moves the trajectory.
+_FREE = ("run", "logger", "checkpoint", "dist", "profiling", "straggler", "nvrx_straggler", "ft", "validation",
+         "comm_overlap", "env_vars", "record", "tensor_inspect", "inprocess_restart", "ddp")  # fmt: skip
+_FREE_DATA = ("num_workers", "max_bad_rows", "rows_per_step", "max_tokens_per_row", "eval", "eval_split", "train")
+
+
+def trajectory(recipe: Recipe, content_hash: str, steps: int) -> dict[str, Any]:
+    """Returns the settings that decide which model a run ends in, but for the shape of the cluster."""
+    values = {name: section for name, section in recipe.as_dict().items() if name not in _FREE and section}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
+    values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}
+    values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in ("train_iters", "num_epochs")}
+    return {**values, "num_steps": steps, "content_hash": content_hash}
+
+
+def check_same_run(path: Path, recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checks that the checkpoints in a run's folder belong to the recipe that is about to continue them.
+
+    Raises:
+        ConfigError: Naming the first setting that differs.
+    """
+    for name in sorted({*recorded, *now}):
+        old, new = recorded.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            key = next(k for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+            name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+        raise ConfigError(
+            f"{path} holds checkpoints of another run: there {name} was {old!r}, now it is {new!r}. Give another "
+            "run.dir, or the old setting to go on."
+        )
+
+
+def check_pretrained(path: str, hf_config: PretrainedConfig) -> None:
+    """Checks that a Megatron checkpoint to start from is of the recipe's model.
+
+    Raises:
+        ConfigError: If it is not a checkpoint, or a size differs.
+    """
+    folder = Path(path)
+    configs = [folder / "run_config.yaml", *sorted(folder.glob("iter_*/run_config.yaml"), reverse=True)]
+    found = next((c for c in configs if c.is_file()), None)
+    if found is None:
+        if (folder / "config.json").is_file():
+            return  # a Hugging Face folder, which Bridge takes too
+        raise ConfigError(f"checkpoint.pretrained_checkpoint ({path}) holds no Megatron checkpoint (run_config.yaml).")
+    model = (yaml.safe_load(found.read_text(encoding="utf-8")) or {}).get("model") or {}
+    pairs = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "num_attention_heads": "num_attention_heads",
+        "ffn_hidden_size": "intermediate_size",
+        "vocab_size": "vocab_size",
+    }
+    for megatron_name, hf_name in pairs.items():
+        theirs, ours = model.get(megatron_name), getattr(hf_config, hf_name, None)
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ConfigError(
+                f"The checkpoint {found.parent} is of another model: its {megatron_name} is {theirs}, the recipe's "
+                f"model has {ours}. Give the checkpoint's model as model.hf or model.config."
+            )

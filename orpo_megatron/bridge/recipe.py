@@ -1,0 +1,267 @@
+"""A recipe: YAML plus dotted overrides, read strictly and checked before Megatron is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from orpo_megatron.bridge.settings import bridge_settings
+from orpo_megatron.config import ConfigError, DataConfig, OrpoConfig, RunConfig, build_section, nearest
+
+#: Bridge's sections that a recipe does not write, and where their content comes from instead.
+_REPLACED_SECTIONS = {
+    "dataset": "Describe the data in the section data.",
+    "tokenizer": "Name the tokenizer in data.tokenizer; the model's own is the default.",
+    "optimizer_config_override_provider": "It takes Python objects; use orpo_megatron from Python for that.",
+}
+#: Bridge's settings that follow from others here, and from which.
+_REPLACED_SETTINGS = {
+    "train.global_batch_size": "Bridge would count packed rows by it. Give data.pairs_per_step; rows are planned.",
+    "train.micro_batch_size": "A microbatch is one packed row. Its size is data.max_tokens_per_row.",
+    "train.train_samples": "Give train.train_iters or train.num_epochs.",
+    "train.rampup_batch_size": "A step has data.pairs_per_step pairs throughout.",
+    "train.step_batch_size_schedule": "A step has data.pairs_per_step pairs throughout.",
+    "train.eval_iters": "An evaluation always covers all of data.eval.",
+    "train.eval_interval": "Give validation.eval_interval.",
+    "train.exit_signal": "SIGTERM and Ctrl-C both save a checkpoint and stop.",
+    "train.exit_signal_handler": "SIGTERM and Ctrl-C both save a checkpoint and stop.",
+    "validation.eval_iters": "An evaluation always covers all of data.eval.",
+    "validation.eval_global_batch_size": "Evaluation rows are planned as training rows are.",
+    "validation.eval_micro_batch_size": "A microbatch is one packed row.",
+    "model.seq_length": "It follows from data.max_tokens_per_row.",
+    "model.vocab_size": "It follows from the model.",
+    "model.variable_seq_lengths": "It is on wherever pipeline stages exchange packed rows.",
+    "model.transformer_layer_spec": "It is Transformer Engine's where that is installed, else the local one.",
+    "checkpoint.save": "Checkpoints lie in run.dir.",
+    "checkpoint.load": "A run resumes from run.dir by itself. To start from a Megatron checkpoint, give "
+    "checkpoint.pretrained_checkpoint.",
+    "logger.tensorboard_dir": "TensorBoard files lie in run.dir.",
+    "rng.data_parallel_random_init": "Replicas must start alike.",
+}
+#: Bridge's settings that must keep the value at which the loss is exact.
+_EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
+    "model.hidden_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
+    "model.attention_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
+    "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
+}
+#: Settings of the model section that are ours.
+_MODEL_SOURCE = ("hf", "config")
+#: What a run writes about itself beside its settings; a recipe that holds it can be used again.
+RECORD = "record"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        orpo: The objective.
+        data: The preference pairs.
+        run: Where the run lives.
+        hf: HF id or folder, or GGUF file, to start from; None for random weights.
+        hf_config: Architecture in Hugging Face's terms where there is no ``hf``.
+        sections: Bridge's sections as given, without ``model.hf`` and ``model.config``.
+    """
+
+    orpo: OrpoConfig
+    data: DataConfig
+    run: RunConfig
+    hf: str | None
+    hf_config: dict[str, Any] | None
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """Returns one of Bridge's settings by its dotted name, as given."""
+        section, key = name.split(".")
+        value = (self.sections.get(section) or {}).get(key)
+        return default if value is None else value
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.run.dir)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder for tokenised data and converted models."""
+        return Path(self.run.cache_dir) if self.run.cache_dir else self.run_dir.parent / "cache"
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer comes from."""
+        return self.data.tokenizer or self.hf or ""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the weights' initialisation and of the order of pairs (Bridge's default is 1234)."""
+        return int(self.setting("rng.seed", 1234))
+
+    def parallel_size(self, kind: str) -> int:
+        """Returns the size of ``tensor_model``, ``pipeline_model``, ``context`` or ``expert_model`` parallelism."""
+        return int(self.setting(f"model.{kind}_parallel_size", 1))
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Returns how many data-parallel replicas a world of ranks holds."""
+        model = self.parallel_size("tensor_model") * self.parallel_size("pipeline_model")
+        return world_size // (model * self.parallel_size("context"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the recipe as plain values, every setting of ours written out."""
+        source = {"hf": self.hf} if self.hf else {"config": self.hf_config}
+        sections = dict(self.sections)
+        model = {"model": {**source, **sections.pop("model", {})}}
+        ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("orpo", "data", "run")}
+        return {**ours, **model, **sections}
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: ``section.key=value``, values in YAML; they win over the file.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ConfigError: If the file, a key, a value or a combination is not right.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"There is no recipe at {path}.")
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ConfigError(f"{override} is not an override. Write section.key=value, such as orpo.beta=0.2.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The recipe {path} must be a mapping of sections, not {values!r}.")
+    return build_recipe(values)
+
+
+def build_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Checks a recipe's plain values; see ``load_recipe``."""
+    known = bridge_settings()
+    ours = {"orpo": OrpoConfig, "data": DataConfig, "run": RunConfig}
+    sections: dict[str, Any] = {}
+    for name, section in values.items():
+        if name in _REPLACED_SECTIONS:
+            raise ConfigError(f"The section {name} is not written in a recipe. {_REPLACED_SECTIONS[name]}")
+        if name in ours or name == RECORD or section is None:
+            continue
+        if name not in known:
+            usable = [*ours, *(k for k in known if k not in _REPLACED_SECTIONS)]
+            raise ConfigError(f"{name} is not a section of a recipe.{nearest(str(name), usable)}")
+        sections[name] = _checked_section(str(name), section, known[name])
+    model = dict(sections.pop("model", {}))
+    hf, hf_config = model.pop("hf", None), model.pop("config", None)
+    recipe = Recipe(
+        orpo=build_section(OrpoConfig, values.get("orpo") or {}, "orpo"),
+        data=build_section(DataConfig, values.get("data") or {}, "data"),
+        run=build_section(RunConfig, values.get("run") or {}, "run"),
+        hf=hf,
+        hf_config=hf_config,
+        sections={"model": model, **sections},
+    )
+    _check_whole(recipe)
+    return recipe
+
+
+def _checked_section(name: str, section: Any, known: frozenset[str]) -> Any:
+    """Checks the names in one of Bridge's sections."""
+    if name == "mixed_precision" and isinstance(section, str):
+        return section
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{name} must be a mapping of settings, not {section!r}.")
+    if name == "env_vars":
+        return dict(section)
+    names = known | set(_MODEL_SOURCE) if name == "model" else known
+    for key, value in section.items():
+        full = f"{name}.{key}"
+        if key not in names:
+            raise ConfigError(f"{full} is not a setting.{nearest(str(key), names)}")
+        if full in _REPLACED_SETTINGS and value is not None:
+            raise ConfigError(f"{full} is not set in a recipe. {_REPLACED_SETTINGS[full]}")
+        if full in _EXACT_SETTINGS and value != _EXACT_SETTINGS[full][0]:
+            exact, reason = _EXACT_SETTINGS[full]
+            raise ConfigError(f"{full} ({value}) must be {exact}: {reason}. Leave it out.")
+    return dict(section)
+
+
+def _check_whole(recipe: Recipe) -> None:
+    """Checks what several settings say together."""
+    if (recipe.hf is None) == (recipe.hf_config is None):
+        raise ConfigError(
+            "A recipe gives model.hf (a Hugging Face id or folder, or a GGUF file, to start from) or model.config "
+            "(an architecture in Hugging Face's terms, random weights): one of the two."
+        )
+    if recipe.hf is not None and not isinstance(recipe.hf, str):
+        raise ConfigError(f"model.hf ({recipe.hf!r}) must be a Hugging Face id, a folder or a GGUF file.")
+    if recipe.hf_config is not None and not isinstance(recipe.hf_config, dict):
+        raise ConfigError(f"model.config ({recipe.hf_config!r}) must be a mapping, as in a config.json.")
+    if not recipe.tokenizer:
+        raise ConfigError("data.tokenizer is missing: a model from model.config has no tokenizer of its own.")
+    iters, epochs = recipe.setting("train.train_iters"), recipe.setting("train.num_epochs")
+    if (iters is None) == (epochs is None):
+        raise ConfigError("A recipe gives train.train_iters (steps) or train.num_epochs (passes over the pairs): one.")
+    for name, value in (("train.train_iters", iters), ("train.num_epochs", epochs)):
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise ConfigError(f"{name} ({value!r}) must be a number above 0.")
+    if recipe.setting("validation.eval_interval") and recipe.data.eval is None:
+        raise ConfigError("validation.eval_interval is set but data.eval is not: there is nothing to evaluate.")
+    for kind in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        size = recipe.setting(f"model.{kind}_parallel_size", 1)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"model.{kind}_parallel_size ({size!r}) must be a whole number of at least 1.")
+    for name in ("model.context_parallel_size", "model.expert_model_parallel_size"):
+        if recipe.setting(name, 1) != 1:
+            raise ConfigError(f"{name} ({recipe.setting(name)}) must be 1: this version does not split that way.")
+    if recipe.setting("model.virtual_pipeline_model_parallel_size"):
+        raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: this version does not use it.")
+
+
+def check_layout(recipe: Recipe, hf_config: Any, world_size: int) -> None:
+    """Checks that the model can be split as the recipe says over the ranks there are.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: If ranks, heads, layers or vocabulary do not divide.
+    """
+    tp, pp = recipe.parallel_size("tensor_model"), recipe.parallel_size("pipeline_model")
+    model_size = tp * pp * recipe.parallel_size("context")
+    if world_size % model_size:
+        raise ConfigError(
+            f"The number of processes ({world_size}) must be a multiple of tensor x pipeline x context parallel size "
+            f"({tp} x {pp} x {recipe.parallel_size('context')} = {model_size}). Start "
+            f"{-(-world_size // model_size) * model_size} processes (torchrun --nproc-per-node), or split less."
+        )
+    heads = getattr(hf_config, "num_attention_heads", None)
+    groups = getattr(hf_config, "num_key_value_heads", None) or heads
+    parts = (
+        ("attention heads", heads, tp, "tensor_model"),
+        ("key-value heads", groups, tp, "tensor_model"),
+        ("tokens in the vocabulary", getattr(hf_config, "vocab_size", None), tp, "tensor_model"),
+        ("layers", getattr(hf_config, "num_hidden_layers", None), pp, "pipeline_model"),
+    )
+    for what, count, size, kind in parts:
+        if count is not None and count % size:
+            fits = [n for n in range(1, size + 1) if count % n == 0]
+            raise ConfigError(
+                f"The model's {count} {what} cannot be split over model.{kind}_parallel_size ({size}). "
+                f"Use {' or '.join(map(str, fits[-3:]))}."
+            )

@@ -1,0 +1,115 @@
+"""One ORPO run inside Megatron-Bridge's own training loop, from a prepared recipe to an exported model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.pretrain import pretrain
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from transformers import PretrainedConfig
+
+from orpo_megatron import cpu
+from orpo_megatron.bridge.callbacks import RunMonitor
+from orpo_megatron.bridge.container import PreferenceData, RowStream, latest_step, make_container
+from orpo_megatron.bridge.convert import write_artifacts
+from orpo_megatron.bridge.model import make_bridge, make_provider
+from orpo_megatron.bridge.prepare import Prepared
+from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.console import rank
+from orpo_megatron.core.step import make_forward_step
+from orpo_megatron.data.dataset import PackedRows
+
+HF_FOLDER = "hf"
+
+
+def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
+    """Trains, evaluates, saves and exports; resumes from the run's latest checkpoint if there is one.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        prepared: Data and plans.
+
+    Returns:
+        True if training reached its last step, False if a signal stopped it after saving a checkpoint.
+
+    Raises:
+        ConfigError: If Bridge does not know the model, or a setting does not fit.
+    """
+    resuming = latest_step(recipe.run_dir) > 0
+    bridge = make_bridge(recipe, hf_config)
+    provider = make_provider(recipe, bridge, load_weights=not resuming)
+    monitor = RunMonitor(
+        recipe.run_dir,
+        prepared.plan,
+        recipe.run.progress,
+        (lambda model: export(recipe, bridge, model)) if recipe.run.export else None,
+    )
+    container = make_container(
+        recipe,
+        provider,
+        make_dataset(recipe, prepared),
+        num_steps=prepared.plan.num_steps,
+        eval_plan=prepared.eval_plan,
+    )
+    _allow_cpu()
+    # Bridge saves and stops on SIGTERM; Ctrl-C shall do the same.
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        pretrain(container, make_forward_step(recipe.orpo, get_num_microbatches), callbacks=[monitor])
+    except SystemExit:
+        pass  # Bridge leaves its loop this way after a signal, its checkpoint saved
+    finally:
+        monitor.close()
+    return monitor.finished
+
+
+def make_dataset(recipe: Recipe, prepared: Prepared) -> PreferenceData:
+    """Returns the packed rows of the run as Bridge's loaders take them."""
+    pad = prepared.pad_token_id
+    valid = None
+    if prepared.eval_plan is not None and prepared.eval_store is not None:
+        interval = recipe.setting("validation.eval_interval") or prepared.plan.num_steps
+        passes = prepared.plan.num_steps // interval + 2
+        valid = RowStream(PackedRows(prepared.eval_store, prepared.eval_plan, pad), passes)
+    dataset = PreferenceData(
+        seq_length=recipe.data.row_budget,
+        rows_per_step=prepared.plan.rows_per_step,
+        content_hash=prepared.store.content_hash,
+        pin_memory=not cpu.is_active(),
+    )
+    return dataset.attach(RowStream(PackedRows(prepared.store, prepared.plan, pad)), valid)
+
+
+def export(recipe: Recipe, bridge: Any, model: list[torch.nn.Module]) -> None:
+    """Writes the trained model beside its final place; all ranks call it, rank 0 writes.
+
+    ``finish_export`` moves the folder once the run's closing figures are known.
+    """
+    folder = staging_folder(recipe.run_dir)
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_artifacts(recipe, bridge, folder)
+    bridge.save_hf_weights(model, folder, show_progress=False)
+
+
+def staging_folder(run_dir: Path) -> Path:
+    """Returns where an export is written before it is complete."""
+    return run_dir / f"{HF_FOLDER}.partial"
+
+
+def _allow_cpu() -> None:
+    """Lets Bridge's set-up pass its one check for CUDA where the CPU stands in for it."""
+    if not cpu.is_active():
+        return
+    import functools
+
+    import megatron.bridge.training.setup as setup
+
+    if not isinstance(setup.initialize_megatron, functools.partial):
+        setup.initialize_megatron = functools.partial(setup.initialize_megatron, allow_no_cuda=True)

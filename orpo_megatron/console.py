@@ -1,0 +1,104 @@
+"""What a run shows: one progress bar (or plain lines) on rank 0, everything else in a log file per rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def rank() -> int:
+    """Returns this process's rank, from the environment that torchrun sets."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(message: str) -> None:
+    """Prints a message on rank 0, above the progress bar if there is one."""
+    if rank() == 0:
+        tqdm.write(message, file=sys.__stderr__)
+        sys.__stderr__.flush()  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Sends what Megatron prints, logs and warns of to a file, so that the terminal shows the run and nothing else.
+
+    Uncaught errors still reach the terminal, since they are shown after this context is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    terminal = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    moved = [
+        (handler, handler.stream)
+        for logger in loggers
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream in terminal
+    ]
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        for handler, _ in moved:
+            handler.setStream(file)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            for handler, stream in moved:
+                handler.setStream(stream)
+
+
+class Progress:
+    """Loss, margin, accuracy, tokens a second and time left: a bar in a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, mode: str, first_step: int, num_steps: int, stream: TextIO | None = None) -> None:
+        """Starts at ``first_step`` of ``num_steps``; ``mode`` is ``run.progress``."""
+        self.stream = stream or sys.__stderr__
+        is_terminal = self.stream is not None and self.stream.isatty()
+        self.plain = mode == "plain" or (mode == "auto" and not is_terminal)
+        self.first_step, self.num_steps = first_step, num_steps
+        self.started = self.last_line = time.monotonic()
+        show_bar = mode == "bar" or (mode == "auto" and is_terminal)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            disable=not show_bar,
+            file=self.stream,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a finished step."""
+        figures = (
+            f"loss {metrics['loss']:.4f}  margin {metrics['logps/margins']:+.3f}  "
+            f"accuracy {metrics['rewards/accuracies']:.2f}  {metrics['tokens'] / metrics['seconds']:,.0f} tok/s"
+        )
+        if not self.bar.disable:
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        first, last = step == self.first_step + 1, step == self.num_steps
+        if self.plain and (first or last or now - self.last_line >= PLAIN_LINE_SECONDS):
+            self.last_line = now
+            left = (now - self.started) / (step - self.first_step) * (self.num_steps - step)
+            say(f"step {step}/{self.num_steps}  {figures}  {tqdm.format_interval(left)} left")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows the result of an evaluation."""
+        say(
+            f"evaluation at step {step}: loss {metrics['loss']:.4f}  margin {metrics['logps/margins']:+.3f}  "
+            f"accuracy {metrics['rewards/accuracies']:.3f}"
+        )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self.bar.close()

@@ -1,0 +1,1 @@
+"""What knows Megatron-Core and no framework above it."""

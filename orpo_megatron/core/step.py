@@ -1,0 +1,92 @@
+"""The forward step and its loss function: what ``get_forward_backward_func`` calls for every microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from orpo_megatron.batch import PackedRow
+from orpo_megatron.config import OrpoConfig
+from orpo_megatron.core.head import score_tokens
+from orpo_megatron.loss import orpo_loss
+from orpo_megatron.metrics import step_metrics
+from orpo_megatron.segments import pair_logps
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+ForwardStep = Callable[[Iterator[PackedRow], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
+
+
+def make_forward_step(objective: OrpoConfig, num_microbatches: Callable[[], int]) -> ForwardStep:
+    """Makes the forward step of an ORPO run.
+
+    Args:
+        objective: Weight and scope of the loss.
+        num_microbatches: Tells how many microbatches the running step has on this rank.
+
+    Returns:
+        ``forward_step(data_iterator, model) -> (output, loss_function)`` for Megatron-Core's schedules. It takes
+        one ``PackedRow`` a microbatch and wants ``config.calculate_per_token_loss`` to be False.
+    """
+
+    def forward_step(data_iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        row = next(data_iterator).to(torch.cuda.current_device())
+        output = model(
+            input_ids=row.tokens.unsqueeze(0),
+            position_ids=row.position_ids.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=packed_seq_params(row),
+            output_processor=score_tokens,
+            output_processor_context=row,
+        )
+        return output, partial(row_loss, row, objective, num_microbatches())
+
+    return forward_step
+
+
+def packed_seq_params(row: PackedRow) -> PackedSeqParams:
+    """Returns what Megatron-Core needs to keep attention inside the row's sequences."""
+    max_seqlen = row.max_seqlen
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=row.cu_seqlens,
+        cu_seqlens_kv=row.cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+def row_loss(
+    row: PackedRow, objective: OrpoConfig, num_microbatches: int, per_token_logps: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Turns one row's log-probs into its share of the global batch's loss, and its metrics.
+
+    The row's loss is divided by the counts of the whole global batch. The schedules divide what they are given by
+    the number of microbatches and average gradients over data-parallel ranks, so both factors are put in here
+    beforehand; the sum over all rows is then exactly the loss of the global batch.
+
+    Args:
+        row: The row.
+        objective: Weight and scope of the loss.
+        num_microbatches: Microbatches of this step on this rank.
+        per_token_logps: Log-probs of the row's scored tokens, fp32 [n].
+
+    Returns:
+        The scaled loss (scalar), and the metrics as [sum, count] pairs.
+    """
+    logps = pair_logps(per_token_logps, row)
+    loss = orpo_loss(
+        logps,
+        beta=objective.beta,
+        nll_reduction=objective.nll_reduction,
+        num_nll_tokens=row.num_nll_tokens,
+        num_pairs=row.num_pairs,
+    )
+    metrics = step_metrics(loss, logps, objective.beta)
+    scale = num_microbatches * parallel_state.get_data_parallel_world_size()
+    return loss.loss * scale, metrics
+
+

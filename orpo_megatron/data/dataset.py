@@ -1,0 +1,185 @@
+"""The data set that training reads: every packed row of every step, in plan order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from orpo_megatron.batch import PackedRow
+from orpo_megatron.config import ConfigError
+from orpo_megatron.data.plan import NllScope, StepPlan, round_up
+
+
+class PairTokens(Protocol):
+    """Token ids of one pair; a response starts where the prompt ends."""
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """Token ids of the prompt, int [at least 1]."""
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """Token ids of the chosen response alone, int [at least 1]."""
+
+    @property
+    def rejected(self) -> np.ndarray:
+        """Token ids of the rejected response alone, int [at least 1]."""
+
+
+class TokenStore(Protocol):
+    """Random access to the token ids of a data set's pairs."""
+
+    def __getitem__(self, index: int) -> PairTokens:
+        """Returns pair ``index``."""
+
+
+class PackedRows(Dataset[PackedRow]):
+    """Row ``i % rows_per_step`` of step ``i // rows_per_step`` at index ``i``.
+
+    Read it in order, one row per microbatch, and every step gets its pairs and no others, also after a resume.
+    """
+
+    def __init__(self, store: TokenStore, plan: StepPlan, pad_token_id: int) -> None:
+        """Joins a plan with the token ids.
+
+        Args:
+            store: Token ids of the pairs that the plan was made for.
+            plan: The step plan.
+            pad_token_id: Token id that fills padding.
+        """
+        self.store = store
+        self.plan = plan
+        self.pad_token_id = pad_token_id
+
+    def __len__(self) -> int:
+        """Returns the rows of all steps."""
+        return self.plan.num_steps * self.plan.rows_per_step
+
+    def __getitem__(self, index: int) -> PackedRow:
+        """Returns one row.
+
+        Raises:
+            IndexError: If the run has no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"Row {index} is outside the plan's {len(self)} rows.")
+        step, row = divmod(index, self.plan.rows_per_step)
+        pair_ids = self.plan.rows(step)[row]
+        return pack_row(
+            [self.store[pair] for pair in pair_ids.tolist()],
+            pair_ids,
+            nll_scope=self.plan.nll_scope,
+            sequence_multiple_of=self.plan.sequence_multiple_of,
+            pad_token_id=self.pad_token_id,
+            num_nll_tokens=self.plan.num_nll_tokens(step),
+            num_pairs=self.plan.num_pairs(step),
+        )
+
+
+def pack_row(
+    pairs: Sequence[PairTokens],
+    pair_ids: np.ndarray,
+    *,
+    nll_scope: NllScope,
+    sequence_multiple_of: int,
+    pad_token_id: int,
+    num_nll_tokens: int,
+    num_pairs: int,
+) -> PackedRow:
+    """Lays pairs end to end in one row: chosen, rejected, chosen, rejected and so on.
+
+    Responses are scored on both sides; ``prompt_and_response`` also scores the prompt of the chosen side, but for
+    its first token, which nothing predicts. A position predicts the token after it. No row is empty: without
+    pairs it holds one dummy sequence, all padding, that scores nothing.
+
+    Args:
+        pairs: Token ids of the row's pairs.
+        pair_ids: Their indices in the data set, int64 [pairs].
+        nll_scope: Which tokens of the chosen sequence the NLL covers.
+        sequence_multiple_of: What every sequence's length is padded to a multiple of, at its end.
+        pad_token_id: Token id that fills padding.
+        num_nll_tokens: NLL tokens in the whole global batch.
+        num_pairs: Pairs in the whole global batch.
+
+    Returns:
+        The row, on the CPU.
+    """
+    builder = _RowBuilder(sequence_multiple_of, pad_token_id)
+    for pair in pairs:
+        prompt_length = len(pair.prompt)
+        first = 1 if nll_scope == "prompt_and_response" else prompt_length
+        builder.add(np.concatenate((pair.prompt, pair.chosen)), first, prompt_length)
+        builder.add(np.concatenate((pair.prompt, pair.rejected)), prompt_length, prompt_length)
+    if not pairs:
+        builder.add(np.empty(0, dtype=np.int64), 0, 0)
+    return builder.row(pair_ids, num_nll_tokens, num_pairs)
+
+
+class _RowBuilder:
+    """Collects the sequences of one row."""
+
+    def __init__(self, sequence_multiple_of: int, pad_token_id: int) -> None:
+        self._multiple = sequence_multiple_of
+        self._pad_token_id = pad_token_id
+        self._starts = [0]
+        self._tokens: list[np.ndarray] = []
+        self._position_ids: list[np.ndarray] = []
+        self._padding: list[np.ndarray] = []
+        self._score_positions: list[np.ndarray] = []
+        self._score_labels: list[np.ndarray] = []
+        self._score_is_response: list[np.ndarray] = []
+
+    def add(self, tokens: np.ndarray, first_scored: int, prompt_length: int) -> None:
+        """Appends a sequence whose tokens from ``first_scored`` on are scored."""
+        # Two tokens at least, so that a dummy sequence has a shape that attention kernels take.
+        length = round_up(max(len(tokens), 2), self._multiple)
+        padded = np.full(length, self._pad_token_id, dtype=np.int64)
+        padded[: len(tokens)] = tokens
+        position_ids = np.arange(length)
+        scored = np.arange(first_scored, len(tokens))
+        self._tokens.append(padded)
+        self._position_ids.append(position_ids)
+        self._padding.append(position_ids >= len(tokens))
+        self._score_positions.append(self._starts[-1] + scored - 1)
+        self._score_labels.append(padded[scored])
+        self._score_is_response.append(scored >= prompt_length)
+        self._starts.append(self._starts[-1] + length)
+
+    def row(self, pair_ids: np.ndarray, num_nll_tokens: int, num_pairs: int) -> PackedRow:
+        """Returns the finished row."""
+        return PackedRow(
+            tokens=_join(self._tokens),
+            position_ids=_join(self._position_ids),
+            padding_mask=_join(self._padding),
+            cu_seqlens=torch.tensor(self._starts, dtype=torch.int32),
+            score_positions=_join(self._score_positions),
+            score_labels=_join(self._score_labels),
+            score_is_response=_join(self._score_is_response),
+            score_lengths=torch.tensor([len(labels) for labels in self._score_labels], dtype=torch.int64),
+            pair_ids=torch.from_numpy(pair_ids.astype(np.int64)),
+            num_nll_tokens=num_nll_tokens,
+            num_pairs=num_pairs,
+        )
+
+
+def _join(parts: list[np.ndarray]) -> torch.Tensor:
+    """Returns the arrays of a row's sequences as one tensor."""
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def collate_fn(rows: Sequence[PackedRow]) -> PackedRow:
+    """Returns the only row of a microbatch.
+
+    Raises:
+        ConfigError: If a microbatch has more than one row.
+    """
+    if len(rows) != 1:
+        raise ConfigError(
+            f"train.micro_batch_size ({len(rows)}) must be 1: a packed row is a microbatch. Raise "
+            f"data.max_tokens_per_row to put more pairs in one."
+        )
+    return rows[0]

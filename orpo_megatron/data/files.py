@@ -1,0 +1,209 @@
+"""Files, folders and hub names -> raw records, each with its line, and a fingerprint of their content."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from orpo_megatron.config import ConfigError
+from orpo_megatron.data.cache import file_hash
+from orpo_megatron.data.sources import first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class UnusableError(Exception):
+    """A row that cannot be used: a fixed reason, such as ``missing field``, and a detail, such as ``'chosen'``."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        """Keeps the reason and the detail apart, so that rows can be counted by reason."""
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+Record = tuple[int, Any]
+"""A row as it was read, or the :class:`UnusableError` that stopped it, after its line (from 1)."""
+
+
+@dataclass(frozen=True)
+class JsonFile:
+    """A JSON file: an array of rows, or one row a line (JSONL), by its first character; also compressed (.gz)."""
+
+    name: str
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the bytes."""
+        return file_hash(self.name)
+
+    def records(self) -> Iterator[Record]:
+        """Yields the rows; lines that are no JSON come as :class:`UnusableError`.
+
+        Raises:
+            ConfigError: If the file cannot be read, or is an array and broken.
+        """
+        try:
+            with gzip.open(self.name, "rb") if self.name.endswith(".gz") else open(self.name, "rb") as file:
+                if ".json" in Path(self.name).suffixes and file.read(4096).lstrip(UTF8_MARK + b" \t\r\n")[:1] == b"[":
+                    file.seek(0)
+                    yield from enumerate(json.loads(file.read()), start=1)
+                else:
+                    file.seek(0)
+                    yield from _json_lines(file)
+        except (OSError, EOFError, ValueError) as error:
+            raise ConfigError(
+                f"Data file {self.name!r} cannot be read: {first_line(error)} Repair or remove it."
+            ) from error
+
+
+def _json_lines(file: IO[bytes]) -> Iterator[Record]:
+    """Yields the rows of a file that holds one a line; empty lines are no rows."""
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(UTF8_MARK) if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield number, UnusableError("not UTF-8", f"(byte {error.start + 1} of the line)")
+        except json.JSONDecodeError as error:
+            yield number, UnusableError("broken JSON", f"({error.msg} at character {error.pos + 1})")
+
+
+@dataclass(frozen=True)
+class ParquetFile:
+    """A Parquet file."""
+
+    name: str
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the bytes."""
+        return file_hash(self.name)
+
+    def records(self) -> Iterator[Record]:
+        """Yields the rows.
+
+        Raises:
+            ConfigError: If the file is no Parquet file.
+        """
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(self.name) as file:
+                batches = file.iter_batches(batch_size=1024)
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ConfigError(f"Data file {self.name!r} cannot be read as Parquet: {first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class LoadedDataset:
+    """A split of a data set that the ``datasets`` library loads from the hub or from a folder that it saved."""
+
+    name: str
+    dataset: Dataset
+
+    def fingerprint(self) -> str:
+        """Returns the library's own fingerprint."""
+        return str(self.dataset._fingerprint)
+
+    def records(self) -> Iterator[Record]:
+        """Yields the rows."""
+        yield from enumerate(self.dataset, start=1)
+
+
+DataFile = JsonFile | ParquetFile | LoadedDataset
+
+
+def find_files(source: str, split: str) -> list[DataFile]:
+    """Returns what holds the rows of a source, in reading order.
+
+    In a folder of files, those named after the split (``train.jsonl``, ``train-00000-of-00002.parquet``) are taken
+    where there are any, else all of them, sorted by name; a folder of other splits only is refused.
+
+    Args:
+        source: A JSONL, JSON or Parquet file, a folder of them, a folder saved by ``datasets``, or a hub name.
+        split: Split to take from a folder or from the hub; a single file has none.
+
+    Raises:
+        ConfigError: If there is no such thing, or it holds no rows of that split.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [_data_file(path)]
+    if path.is_dir():
+        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        return [_load_saved(path, split)] if saved else _in_folder(path, split)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.endswith(SUFFIXES) and source[0] != ".":
+        return [_load_from_hub(source, split)]
+    raise ConfigError(
+        f"Data source {source!r}: there is no such file or folder. Give a .jsonl, .json or .parquet file, a folder or "
+        "a hub name (org/name)."
+    )
+
+
+def _data_file(path: Path) -> DataFile:
+    if path.name.endswith(".parquet"):
+        return ParquetFile(str(path))
+    if path.name.endswith(SUFFIXES):
+        return JsonFile(str(path))
+    raise ConfigError(f"Data file {str(path)!r} is of no known kind. Its name must end in {', '.join(SUFFIXES)}.")
+
+
+def _in_folder(folder: Path, split: str) -> list[DataFile]:
+    """Returns the data files of a folder that belong to ``split``."""
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    if not paths:
+        raise ConfigError(f"Data folder {str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}.")
+    splits = [re.sub(r"[-_]\d+([-_]of[-_]\d+)?$", "", path.name.split(".")[0]) for path in paths]
+    chosen = [path for path, name in zip(paths, splits, strict=True) if name == split]
+    if not chosen and any(name in SPLIT_NAMES for name in splits):
+        raise ConfigError(
+            f"Data folder {str(folder)!r} holds no split {split!r} but {', '.join(sorted(set(splits)))}. Set "
+            "data.train_split or data.eval_split, or name the files."
+        )
+    return [_data_file(path) for path in chosen or paths]
+
+
+def _load_saved(folder: Path, split: str) -> LoadedDataset:
+    """Loads a folder written by ``save_to_disk``."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Data folder {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+    if not isinstance(dataset, DatasetDict):
+        return LoadedDataset(str(folder), dataset)
+    if split not in dataset:
+        raise ConfigError(
+            f"Data folder {str(folder)!r} holds no split {split!r} but {', '.join(dataset)}. Set data.train_split or "
+            "data.eval_split."
+        )
+    return LoadedDataset(f"{folder}[{split}]", dataset[split])
+
+
+def _load_from_hub(name: str, split: str) -> LoadedDataset:
+    """Loads a split from the hub or from its local cache."""
+    from datasets import load_dataset
+
+    try:
+        return LoadedDataset(f"{name}[{split}]", load_dataset(name, split=split))
+    except (OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ConfigError(
+            f"Data source {name!r}, split {split!r}, is no file or folder here and cannot be loaded from the "
+            f"hub{offline}: {first_line(error)}"
+        ) from error

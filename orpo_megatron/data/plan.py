@@ -1,0 +1,399 @@
+"""The step plan: which pairs an optimizer step trains, and how they are spread over packed rows.
+
+The pairs of a step follow from the seed and the data alone. Rows only spread them, so that a run keeps its
+trajectory when the cluster, the token budget or the row count changes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from orpo_megatron.config import ConfigError
+
+NllScope = Literal["prompt_and_response", "response"]
+Integers = TypeVar("Integers", int, np.ndarray)
+
+
+def round_up(value: Integers, multiple: int) -> Integers:
+    """Returns ``value``, an integer or an array of them, rounded up to a multiple of ``multiple``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """Token counts of every pair of a data set; each is at least 1.
+
+    Attributes:
+        prompt: Prompt tokens, int [pairs].
+        chosen: Tokens of the chosen response alone, int [pairs].
+        rejected: Tokens of the rejected response alone, int [pairs].
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Checks that no part of a pair is empty."""
+        for name in ("prompt", "chosen", "rejected"):
+            empty = np.flatnonzero(getattr(self, name) < 1)
+            if empty.size:
+                raise ValueError(f"The {name} of pair {empty[0]} has no tokens; every part needs at least 1.")
+
+    def __len__(self) -> int:
+        """Returns the number of pairs."""
+        return len(self.prompt)
+
+    def padded_tokens(self, multiple: int) -> np.ndarray:
+        """Returns what each pair takes of a row, int64 [pairs]: two sequences, each padded to ``multiple``."""
+        chosen_side: np.ndarray = self.prompt + self.chosen.astype(np.int64)
+        rejected_side: np.ndarray = self.prompt + self.rejected.astype(np.int64)
+        return round_up(chosen_side, multiple) + round_up(rejected_side, multiple)
+
+    def nll_tokens(self, nll_scope: NllScope) -> np.ndarray:
+        """Returns the tokens of each pair that the NLL covers, int64 [pairs].
+
+        A sequence's first token has nothing that predicts it, so a prompt of p tokens counts p - 1.
+        """
+        num_tokens = self.chosen.astype(np.int64)
+        if nll_scope == "prompt_and_response":
+            num_tokens += self.prompt - 1
+        return num_tokens
+
+
+@dataclass(frozen=True)
+class PairOrder:
+    """Which pairs each step takes: whole epochs, each visiting every pair once, cut into steps.
+
+    The last step of an epoch may have fewer pairs.
+
+    Attributes:
+        num_pairs: Pairs in the data set.
+        pairs_per_step: Pairs in a step.
+        seed: Seed of the epochs' permutations, or None for file order.
+    """
+
+    num_pairs: int
+    pairs_per_step: int
+    seed: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps that visit every pair once."""
+        return -(-self.num_pairs // self.pairs_per_step)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Returns the pairs in the order that ``epoch`` visits them, int64 [num_pairs], read-only."""
+        return _permutation(self.num_pairs, self.seed, epoch)
+
+    def pairs(self, step: int) -> np.ndarray:
+        """Returns the pairs of ``step``, counted from the start of the run, int64 [pairs of the step]."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self.pairs_per_step
+        return self.epoch(epoch)[start : start + self.pairs_per_step]
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_pairs: int, seed: int | None, epoch: int) -> np.ndarray:
+    """Returns the order of one epoch; raw random words, whose stream NumPy never changes, are ranked."""
+    if seed is None:
+        order = np.arange(num_pairs, dtype=np.int64)
+    else:
+        words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_pairs)
+        order = np.argsort(words, kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a plan comes to.
+
+    Attributes:
+        num_pairs: Pairs in the data set.
+        pairs_per_step: Pairs in a full step.
+        num_steps: Optimizer steps.
+        epochs: Passes over the data.
+        rows_per_step: Packed rows in every step.
+        num_tokens: Tokens of all steps, without padding, the prompt counted once for each side.
+        tokens_per_step: Their mean over steps.
+        fill: Tokens without padding over rows times longest row, mean over steps: 1 is perfect balance.
+        longest_row: Tokens of the longest row of all, with padding.
+        max_tokens_per_row: The token budget.
+    """
+
+    num_pairs: int
+    pairs_per_step: int
+    num_steps: int
+    epochs: float
+    rows_per_step: int
+    num_tokens: int
+    tokens_per_step: float
+    fill: float
+    longest_row: int
+    max_tokens_per_row: int
+
+    def __str__(self) -> str:
+        """Returns a few aligned lines."""
+        lines = {
+            "pairs": f"{self.num_pairs:,}, {self.pairs_per_step:,} a step",
+            "steps": f"{self.num_steps:,} ({self.epochs:.2f} epochs)",
+            "tokens": f"{self.num_tokens:,}, {self.tokens_per_step:,.0f} a step",
+            "rows a step": f"{self.rows_per_step:,}, {self.fill:.1%} filled",
+            "longest row": f"{self.longest_row:,} tokens of {self.max_tokens_per_row:,} allowed",
+        }
+        return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """The pairs and rows of every step of a run; steps are numbered from 0.
+
+    Built by ``make_plan`` or ``make_eval_plan``. Steps are worked out on demand, so memory grows with the data
+    set and not with the number of steps.
+
+    Attributes:
+        lengths: Token counts of every pair.
+        order: Which pairs each step takes.
+        nll_scope: Which tokens of the chosen sequence the NLL covers.
+        num_steps: Optimizer steps.
+        rows_per_step: Packed rows in every step.
+        max_tokens_per_row: Token budget of a row.
+        sequence_multiple_of: What every sequence's length is padded to a multiple of.
+        whole_set_denominators: Whether the denominators are those of the data set and not of the step.
+    """
+
+    lengths: PairLengths
+    order: PairOrder
+    nll_scope: NllScope
+    num_steps: int
+    rows_per_step: int
+    max_tokens_per_row: int
+    sequence_multiple_of: int
+    whole_set_denominators: bool = False
+
+    @cached_property
+    def _costs(self) -> np.ndarray:
+        """What each pair takes of a row, int64 [pairs]."""
+        return self.lengths.padded_tokens(self.sequence_multiple_of)
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        """Tokens of each pair without padding, int64 [pairs]."""
+        return self.lengths.padded_tokens(1)
+
+    @cached_property
+    def _nll_tokens(self) -> np.ndarray:
+        """Tokens of each pair that the NLL covers, int64 [pairs]."""
+        return self.lengths.nll_tokens(self.nll_scope)
+
+    @cached_property
+    def _denominators_of_set(self) -> tuple[int, int]:
+        """NLL tokens and pairs of the whole data set."""
+        return int(self._nll_tokens.sum()), len(self.lengths)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps that visit every pair once."""
+        return self.order.steps_per_epoch
+
+    def pairs(self, step: int) -> np.ndarray:
+        """Returns the pairs of ``step``, int64 [pairs of the step]."""
+        return self.order.pairs(step)
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        """Returns the pairs of every row of ``step``: ``rows_per_step`` arrays, int64, each possibly empty."""
+        pairs = self.pairs(step)
+        rows, _ = balance(self._costs[pairs].tolist(), self.rows_per_step)
+        return [pairs[np.array(row, dtype=np.int64)] for row in rows]
+
+    def num_tokens(self, step: int) -> int:
+        """Returns the tokens of ``step`` without padding, the prompt counted once for each side."""
+        return int(self._tokens[self.pairs(step)].sum())
+
+    def num_pairs(self, step: int) -> int:
+        """Returns the denominator of the odds-ratio term at ``step``."""
+        return self._denominators_of_set[1] if self.whole_set_denominators else len(self.pairs(step))
+
+    def num_nll_tokens(self, step: int) -> int:
+        """Returns the denominator of the token-averaged NLL at ``step``."""
+        if self.whole_set_denominators:
+            return self._denominators_of_set[0]
+        return int(self._nll_tokens[self.pairs(step)].sum())
+
+    def summary(self) -> PlanSummary:
+        """Returns the plan's figures; packs every step to get them."""
+        num_tokens, longest_row, fill = 0, 0, 0.0
+        for step in range(self.num_steps):
+            pairs = self.pairs(step)
+            longest = max(balance(self._costs[pairs].tolist(), self.rows_per_step)[1])
+            tokens_of_step = self.num_tokens(step)
+            fill += tokens_of_step / (self.rows_per_step * longest)
+            num_tokens += tokens_of_step
+            longest_row = max(longest_row, longest)
+        return PlanSummary(
+            num_pairs=len(self.lengths),
+            pairs_per_step=self.order.pairs_per_step,
+            num_steps=self.num_steps,
+            epochs=self.num_steps / self.steps_per_epoch,
+            rows_per_step=self.rows_per_step,
+            num_tokens=num_tokens,
+            tokens_per_step=num_tokens / self.num_steps,
+            fill=fill / self.num_steps,
+            longest_row=longest_row,
+            max_tokens_per_row=self.max_tokens_per_row,
+        )
+
+
+def make_plan(
+    lengths: PairLengths,
+    *,
+    nll_scope: NllScope,
+    pairs_per_step: int,
+    num_steps: int,
+    seed: int,
+    shuffle: bool,
+    max_tokens_per_row: int,
+    rows_multiple_of: int = 1,
+    rows_per_step: int | None = None,
+    sequence_multiple_of: int = 1,
+) -> StepPlan:
+    """Plans a training run.
+
+    Args:
+        lengths: Token counts of every pair.
+        nll_scope: Which tokens of the chosen sequence the NLL covers.
+        pairs_per_step: Pairs in a step; the last step of an epoch may have fewer.
+        num_steps: Optimizer steps.
+        seed: Seed of the epochs' orders, from 0.
+        shuffle: Whether each epoch has an order of its own; file order otherwise.
+        max_tokens_per_row: Token budget of a row.
+        rows_multiple_of: What the row count must be a multiple of: the data-parallel size, times what a virtual
+            pipeline demands of the number of microbatches.
+        rows_per_step: Rows in every step, as a user or a checkpoint gives it; the fewest where it is None.
+        sequence_multiple_of: What every sequence's length is padded to a multiple of.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: If a pair does not fit the budget, or ``rows_per_step`` fits neither the budget nor
+            ``rows_multiple_of``.
+    """
+    order = PairOrder(len(lengths), pairs_per_step, seed if shuffle else None)
+    costs = lengths.padded_tokens(sequence_multiple_of)
+    rows = _settle_rows(order, costs, num_steps, max_tokens_per_row, rows_multiple_of, rows_per_step)
+    return StepPlan(lengths, order, nll_scope, num_steps, rows, max_tokens_per_row, sequence_multiple_of)
+
+
+def make_eval_plan(
+    lengths: PairLengths,
+    *,
+    nll_scope: NllScope,
+    pairs_per_step: int,
+    max_tokens_per_row: int,
+    rows_multiple_of: int = 1,
+    rows_per_step: int | None = None,
+    sequence_multiple_of: int = 1,
+) -> StepPlan:
+    """Plans one pass in file order, whose steps' loss shares add up to the exact loss over the whole set.
+
+    Every step's denominators are those of the set. Arguments and errors are those of ``make_plan``.
+    """
+    order = PairOrder(len(lengths), pairs_per_step, seed=None)
+    num_steps = order.steps_per_epoch
+    costs = lengths.padded_tokens(sequence_multiple_of)
+    rows = _settle_rows(order, costs, num_steps, max_tokens_per_row, rows_multiple_of, rows_per_step)
+    return StepPlan(
+        lengths,
+        order,
+        nll_scope,
+        num_steps,
+        rows,
+        max_tokens_per_row,
+        sequence_multiple_of,
+        whole_set_denominators=True,
+    )
+
+
+def balance(costs: list[int], num_rows: int) -> tuple[list[list[int]], list[int]]:
+    """Spreads items over rows: the longest item first, each into the row that is shortest so far.
+
+    Ties go to the earlier item and the lower row. With one row more, the k-th longest row is never longer (by
+    induction over the items), so an item list that fits some number of rows fits any larger one.
+
+    Source: R. L. Graham, "Bounds on multiprocessing timing anomalies" (1969), the LPT rule.
+
+    Args:
+        costs: What each item takes of a row.
+        num_rows: Number of rows.
+
+    Returns:
+        The items of every row, longest first, and what they sum up to.
+    """
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    heap = [(0, row) for row in range(num_rows)]
+    for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        load, row = heap[0]
+        rows[row].append(item)
+        heapq.heapreplace(heap, (load + costs[item], row))
+    return rows, [load for load, _ in sorted(heap, key=lambda entry: entry[1])]
+
+
+def _settle_rows(
+    order: PairOrder, costs: np.ndarray, num_steps: int, budget: int, multiple: int, given: int | None
+) -> int:
+    """Returns the row count of a plan: the given one if it fits, else the fewest rows that do.
+
+    Raises:
+        ConfigError: If a pair alone passes the budget, or the given count does not fit the ranks or the budget.
+    """
+    pair = int(costs.argmax())
+    if costs[pair] > budget:
+        raise ConfigError(
+            f"data.max_tokens_per_row ({budget}) must hold the longest pair: pair {pair} takes {costs[pair]} tokens, "
+            f"both sides with padding. Use at least {costs[pair]}, or lower data.max_length."
+        )
+    fewest = _fewest_rows(order, costs, num_steps, budget, multiple)
+    if given is None:
+        return fewest
+    if given % multiple:
+        raise ConfigError(
+            f"data.rows_per_step ({given}) must be a multiple of {multiple}, the rows that all ranks take at once. "
+            f"Use {max(given // multiple * multiple, fewest)} or, where a checkpoint fixes it, a data-parallel size "
+            f"that divides it."
+        )
+    if given < fewest:
+        raise ConfigError(
+            f"data.rows_per_step ({given}) is too few for data.max_tokens_per_row ({budget}): it takes {fewest} rows "
+            f"to keep every step within the budget. Use {fewest}, or raise data.max_tokens_per_row."
+        )
+    return given
+
+
+def _fewest_rows(order: PairOrder, costs: np.ndarray, num_steps: int, budget: int, multiple: int) -> int:
+    """Returns the smallest multiple of ``multiple`` rows that hold every step within the budget.
+
+    One pass over the steps is enough, because more rows never make the longest row longer (``balance``).
+    """
+    rows = multiple
+    # In file order every epoch is the first one again.
+    distinct_steps = num_steps if order.seed is not None else min(num_steps, order.steps_per_epoch)
+    starts = np.arange(0, len(costs), order.pairs_per_step)
+    for first_step in range(0, distinct_steps, order.steps_per_epoch):
+        costs_in_order = costs[order.epoch(first_step // order.steps_per_epoch)]
+        steps_of_epoch = distinct_steps - first_step  # cuts the run's last epoch only
+        totals = np.add.reduceat(costs_in_order, starts)[:steps_of_epoch]
+        longest = np.maximum.reduceat(costs_in_order, starts)[:steps_of_epoch]
+        rows = max(rows, round_up(-(-int(totals.max()) // budget), multiple))
+        # Graham's bound passes most steps: no row is longer than totals / rows + longest * (1 - 1 / rows).
+        for step in np.flatnonzero(totals + (rows - 1) * longest > rows * budget):
+            costs_of_step = costs_in_order[starts[step] : starts[step] + order.pairs_per_step].tolist()
+            while max(balance(costs_of_step, rows)[1]) > budget:
+                rows += multiple
+    return rows

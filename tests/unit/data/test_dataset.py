@@ -1,0 +1,228 @@
+"""Packed rows: hand-computed layouts, and the counts and tokens of any data set against brute force."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from orpo_megatron.batch import PackedRow
+from orpo_megatron.config import ConfigError
+from orpo_megatron.data.dataset import PackedRows, collate_fn
+from orpo_megatron.data.plan import NllScope, PairLengths, make_eval_plan, make_plan
+
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a pair."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
+    """Returns a pair of int32 token ids, as a memory-mapped store gives them."""
+    return Pair(*(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
+
+
+def lengths_of(store: list[Pair]) -> PairLengths:
+    """Returns the token counts of a store."""
+    return PairLengths(
+        *(np.array([len(getattr(p, part)) for p in store]) for part in ("prompt", "chosen", "rejected"))
+    )
+
+
+def rows_of(store: list[Pair], nll_scope: NllScope = "prompt_and_response", **settings: Any) -> PackedRows:
+    """Returns the rows of one epoch in file order, all pairs in one step, unless told otherwise."""
+    defaults: dict[str, Any] = dict(pairs_per_step=len(store), seed=0, shuffle=False, max_tokens_per_row=1000)
+    merged = {**defaults, **settings}
+    merged.setdefault("num_steps", -(-len(store) // merged["pairs_per_step"]))
+    return PackedRows(store, make_plan(lengths_of(store), nll_scope=nll_scope, **merged), PAD)
+
+
+def every_row(dataset: PackedRows) -> list[PackedRow]:
+    """Returns the rows of all steps."""
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def values(row: PackedRow) -> dict[str, Any]:
+    """Returns a row's fields as plain values."""
+    return {name: v.tolist() if torch.is_tensor(v) else v for name, v in vars(row).items()}
+
+
+def sequences(row: PackedRow) -> Iterator[tuple[list[int], list[int], list[int], list[bool]]]:
+    """Yields tokens without padding, scored positions in the sequence, labels and is_response of each sequence."""
+    ends = row.score_lengths.cumsum(0).tolist()
+    for i, end in enumerate(ends):
+        begin, start, stop = end - int(row.score_lengths[i]), int(row.cu_seqlens[i]), int(row.cu_seqlens[i + 1])
+        tokens = row.tokens[start:stop][~row.padding_mask[start:stop]].tolist()
+        positions = (row.score_positions[begin:end] - start).tolist()
+        yield tokens, positions, row.score_labels[begin:end].tolist(), row.score_is_response[begin:end].tolist()
+
+
+A = pair([11, 12, 13], [21, 22], [31])
+B = pair([14], [23], [32, 33])
+
+
+def test_row_by_hand_prompt_and_response() -> None:
+    """Pair A takes 5 + 4 tokens and comes first, pair B 2 + 3; the NLL covers 4 + 1 tokens."""
+    dataset = rows_of([B, A])
+    assert len(dataset) == 1
+    assert values(dataset[0]) == {
+        "tokens": [11, 12, 13, 21, 22, 11, 12, 13, 31, 14, 23, 14, 32, 33],
+        "position_ids": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2],
+        "padding_mask": [False] * 14,
+        "cu_seqlens": [0, 5, 9, 11, 14],
+        "score_positions": [0, 1, 2, 3, 7, 9, 11, 12],
+        "score_labels": [12, 13, 21, 22, 31, 23, 32, 33],
+        "score_is_response": [False, False, True, True, True, True, True, True],
+        "score_lengths": [4, 1, 1, 2],
+        "pair_ids": [1, 0],
+        "num_nll_tokens": 5,
+        "num_pairs": 2,
+    }
+
+
+def test_row_by_hand_response_only_and_padded() -> None:
+    """Each sequence ends in padding up to a multiple of 4; only responses are scored."""
+    assert values(rows_of([A], nll_scope="response", sequence_multiple_of=4)[0]) == {
+        "tokens": [11, 12, 13, 21, 22, PAD, PAD, PAD, 11, 12, 13, 31],
+        "position_ids": [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3],
+        "padding_mask": [False] * 5 + [True] * 3 + [False] * 4,
+        "cu_seqlens": [0, 8, 12],
+        "score_positions": [2, 3, 10],
+        "score_labels": [21, 22, 31],
+        "score_is_response": [True, True, True],
+        "score_lengths": [2, 1],
+        "pair_ids": [0],
+        "num_nll_tokens": 2,
+        "num_pairs": 1,
+    }
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(1, 2), (2, 2), (16, 16)])
+def test_row_without_pairs(multiple: int, length: int) -> None:
+    dataset = rows_of([A], rows_per_step=2, sequence_multiple_of=multiple)
+    assert values(dataset[1]) == {
+        "tokens": [PAD] * length,
+        "position_ids": list(range(length)),
+        "padding_mask": [True] * length,
+        "cu_seqlens": [0, length],
+        "score_positions": [],
+        "score_labels": [],
+        "score_is_response": [],
+        "score_lengths": [0],
+        "pair_ids": [],
+        "num_nll_tokens": 4,
+        "num_pairs": 1,
+    }
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 2])
+def test_types(rows_per_step: int) -> None:
+    row = rows_of([A], rows_per_step=rows_per_step)[rows_per_step - 1]
+    dtypes = {name: v.dtype for name, v in vars(row).items() if torch.is_tensor(v)}
+    assert dtypes.pop("cu_seqlens") == torch.int32
+    assert dtypes.pop("padding_mask") == dtypes.pop("score_is_response") == torch.bool
+    assert set(dtypes.values()) == {torch.int64}
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> list[Pair]:
+    """Draws 1 to 12 pairs whose token ids, from 1, are all different."""
+    sizes = draw(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=12))
+    ids = iter(range(1, 1000))
+    return [pair(*([next(ids) for _ in range(size)] for size in part)) for part in sizes]
+
+
+@given(stores(), st.sampled_from(["prompt_and_response", "response"]), st.sampled_from([1, 8]), st.integers(1, 5))
+def test_rows_hold_the_pairs_and_the_plan_counts_them(
+    store: list[Pair], nll_scope: NllScope, multiple: int, pairs_per_step: int
+) -> None:
+    dataset = rows_of(
+        store,
+        nll_scope,
+        pairs_per_step=pairs_per_step,
+        shuffle=True,
+        max_tokens_per_row=64,
+        sequence_multiple_of=multiple,
+    )
+    plan, seen = dataset.plan, []
+    for step in range(plan.num_steps):
+        rows = [dataset[step * plan.rows_per_step + i] for i in range(plan.rows_per_step)]
+        num_nll_tokens = 0
+        for row in rows:
+            assert len(row.tokens) == len(row.position_ids) == row.cu_seqlens[-1] <= 64
+            assert not (row.cu_seqlens % multiple).any()
+            sides = list(sequences(row))
+            for i, pair_id in enumerate(row.pair_ids.tolist()):
+                expected = store[pair_id]
+                for side, response in enumerate((expected.chosen.tolist(), expected.rejected.tolist())):
+                    prompt = expected.prompt.tolist()
+                    tokens, positions, labels, is_response = sides[2 * i + side]
+                    assert tokens == prompt + response
+                    assert labels == [tokens[position + 1] for position in positions]
+                    assert [label for label, flag in zip(labels, is_response, strict=True) if flag] == response
+                    scored_prompt = prompt[1:] if side == 0 and nll_scope == "prompt_and_response" else []
+                    assert labels == scored_prompt + response
+            num_nll_tokens += int(row.score_lengths[: 2 * len(row.pair_ids) : 2].sum())
+        assert {row.num_nll_tokens for row in rows} == {num_nll_tokens}
+        assert {row.num_pairs for row in rows} == {sum(len(row.pair_ids) for row in rows)}
+        seen += [pair_id for row in rows for pair_id in row.pair_ids.tolist()]
+    assert sorted(seen) == list(range(len(store)))
+
+
+@given(stores())
+def test_one_step_in_one_two_or_four_rows_covers_the_same_pairs(store: list[Pair]) -> None:
+    def of_step(rows_per_step: int) -> list[Any]:
+        rows = every_row(rows_of(store, rows_per_step=rows_per_step))
+        assert len(rows) == rows_per_step
+        return sorted(
+            (pair_id, *list(sequences(row))[2 * i : 2 * i + 2], row.num_nll_tokens, row.num_pairs)
+            for row in rows
+            for i, pair_id in enumerate(row.pair_ids.tolist())
+        )
+
+    assert of_step(1) == of_step(2) == of_step(4)
+
+
+def test_eval_rows_carry_the_denominators_of_the_set() -> None:
+    store = [A, B, A]
+    plan = make_eval_plan(lengths_of(store), nll_scope="response", pairs_per_step=2, max_tokens_per_row=20)
+    rows = every_row(PackedRows(store, plan, PAD))
+    assert [row.pair_ids.tolist() for row in rows] == [[0, 1], [2]]
+    assert [(row.num_nll_tokens, row.num_pairs) for row in rows] == [(5, 3), (5, 3)]
+
+
+def test_workers_read_the_same_rows_in_order() -> None:
+    dataset = rows_of([A, B, A, B, B], pairs_per_step=2, num_steps=6, shuffle=True, max_tokens_per_row=9)
+    expected = [values(row) for row in every_row(dataset)]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert [values(row) for row in every_row(copy)] == expected
+    loader = DataLoader(dataset, batch_size=1, collate_fn=collate_fn, num_workers=2)
+    assert [values(row) for row in loader] == expected
+
+
+def test_index_outside_the_run_is_refused() -> None:
+    dataset = rows_of([A])
+    for index in (1, -1):
+        with pytest.raises(IndexError, match=f"Row {index} is outside the plan's 1 rows"):
+            dataset[index]
+
+
+def test_microbatch_of_two_rows_is_refused() -> None:
+    row = rows_of([A])[0]
+    assert collate_fn([row]) is row
+    with pytest.raises(ConfigError, match=r"micro_batch_size \(2\) must be 1"):
+        collate_fn([row, row])
