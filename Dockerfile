@@ -10,6 +10,7 @@
 # With the classic builder (no BuildKit) `docker build .` builds both.
 
 FROM python:3.12-slim AS cpu
+ENV UV_COMPILE_BYTECODE=1
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends make \
     && rm -rf /var/lib/apt/lists/* \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -28,6 +29,17 @@ def say(message: str) -> None:
         sys.__stderr__.flush()  # type: ignore[union-attr]
 
 
+def tell_torchrun(message: str) -> None:
+    """Leaves an error's message where torchrun looks for it, so that its closing summary shows it.
+
+    Source: ``TORCHELASTIC_ERROR_FILE`` of torch.distributed.elastic.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+
+
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Sends what Megatron prints, logs and warns of to a file, so that the terminal shows the run and nothing else.
@@ -41,7 +53,7 @@ def logged_to(path: Path) -> Iterator[None]:
         (handler, handler.stream)
         for logger in loggers
         for handler in logger.handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream in terminal
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and handler.stream in terminal
     ]
     with path.open("a", encoding="utf-8", buffering=1) as file:
         for handler, _ in moved:

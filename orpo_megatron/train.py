@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import yaml
 from orpo_megatron import __version__
 from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.console import logged_to, rank, say
+from orpo_megatron.console import logged_to, rank, say, tell_torchrun
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,12 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     parser.add_argument("--dry-run", action="store_true", help="resolve, validate and print everything; do not train")
     parser.add_argument("--version", action="version", version=__version__)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         return _run(load_recipe(args.recipe, args.overrides), args.dry_run)
     except ConfigError as error:
         # Every rank finds the same error; one says it.
         say(f"error: {error}")
+        tell_torchrun(str(error))
         return EXIT_ERROR
 
 
@@ -151,7 +153,9 @@ def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, re
         from orpo_megatron.bridge.train import validate
 
         resolved = validate(recipe, hf_config, prepared)
-    print(yaml.safe_dump({**recipe.as_dict(), RECORD: {**record, "resolved": resolved}}, sort_keys=False), end="")
+    record.pop("trajectory")
+    print(f"# Megatron-Bridge's configuration\nbridge:\n{textwrap.indent(resolved, '  ')}\n# The recipe, resolved")
+    print(yaml.safe_dump({**recipe.as_dict(), RECORD: record}, sort_keys=False), end="", flush=True)
     say(f"\n{prepared.store.report.summary()}\n\n{prepared.plan.summary()}\n\nNothing was trained (--dry-run).")
     return 0
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.pretrain import pretrain
+from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
 
@@ -20,11 +23,49 @@ from orpo_megatron.bridge.convert import write_artifacts
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.data.dataset import PackedRows
 
 HF_FOLDER = "hf"
+
+
+def build(
+    recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, load_weights: bool
+) -> tuple[Any, ConfigContainer]:
+    """Builds what a run hands to Bridge.
+
+    Returns:
+        The converter between Hugging Face and Megatron, and Bridge's configuration.
+
+    Raises:
+        ConfigError: If Bridge does not know the model, or a setting does not fit.
+    """
+    bridge = make_bridge(recipe, hf_config)
+    provider = make_provider(recipe, bridge, load_weights=load_weights)
+    steps, eval_plan = prepared.plan.num_steps, prepared.eval_plan
+    return bridge, make_container(
+        recipe, provider, make_dataset(recipe, prepared), num_steps=steps, eval_plan=eval_plan
+    )
+
+
+def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> str:
+    """Has Bridge finalise and check its configuration, without starting anything.
+
+    Returns:
+        Bridge's whole configuration as YAML.
+
+    Raises:
+        ConfigError: Also for what Bridge finds.
+    """
+    _, container = build(recipe, hf_config, prepared, load_weights=False)
+    try:
+        runtime_config_update(container)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"Megatron-Bridge refuses the recipe: {' '.join(str(error).split())}") from error
+    with safe_yaml_representers():
+        return yaml.safe_dump(container.to_dict())
 
 
 def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
@@ -42,20 +83,12 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         ConfigError: If Bridge does not know the model, or a setting does not fit.
     """
     resuming = latest_step(recipe.run_dir) > 0
-    bridge = make_bridge(recipe, hf_config)
-    provider = make_provider(recipe, bridge, load_weights=not resuming)
+    bridge, container = build(recipe, hf_config, prepared, load_weights=not resuming)
     monitor = RunMonitor(
         recipe.run_dir,
         prepared.plan,
         recipe.run.progress,
         (lambda model: export(recipe, bridge, model)) if recipe.run.export else None,
-    )
-    container = make_container(
-        recipe,
-        provider,
-        make_dataset(recipe, prepared),
-        num_steps=prepared.plan.num_steps,
-        eval_plan=prepared.eval_plan,
     )
     _allow_cpu()
     # Bridge saves and stops on SIGTERM; Ctrl-C shall do the same.

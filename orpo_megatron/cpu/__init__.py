@@ -269,6 +269,7 @@ class _LoraLayersFinder(importlib.abc.MetaPathFinder):
 def _redirect_megatron() -> None:
     """What in Megatron-Core itself needs a GPU."""
     import megatron.core.datasets.utils
+    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
 
     # The wheel ships the compiled index helper; do not run make in site-packages.
@@ -276,3 +277,15 @@ def _redirect_megatron() -> None:
     # The tracker forks CUDA generators for dropout and for GPU initialisation; neither happens here.
     random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
     random.CudaRNGStatesTracker.add = lambda self, name, seed: None
+    # Megatron's fallback takes torch.norm of each gradient, which adds up in fp32 on a CPU: 2e-4 off for an embedding,
+    # and differently off for each shard of it.
+    clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per_tensor: bool) -> tuple[Any, None]:
+    """Returns the L2 norm of all tensors, fp32 [1]; the call is that of apex's ``amp_C.multi_tensor_l2norm``."""
+    import torch
+
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    return total.float().reshape(1), None

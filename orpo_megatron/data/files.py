@@ -6,10 +6,10 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.cache import file_hash
@@ -67,7 +67,7 @@ class JsonFile:
             ) from error
 
 
-def _json_lines(file: IO[bytes]) -> Iterator[Record]:
+def _json_lines(file: Iterable[bytes]) -> Iterator[Record]:
     """Yields the rows of a file that holds one a line; empty lines are no rows."""
     for number, line in enumerate(file, start=1):
         line = line.removeprefix(UTF8_MARK) if number == 1 else line

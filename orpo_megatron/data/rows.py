@@ -127,12 +127,14 @@ def recognise(record: dict[str, Any]) -> str:
     if record.get("conversations") is not None:
         return "sharegpt"
     if record.get("prompt") is not None:
-        whole = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)
-        return "prompt_beside" if whole and _role(chosen[0]) != "assistant" else "explicit_prompt"
+        if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) and _role(chosen[0]) != "assistant":
+            return "prompt_beside"
+        return "explicit_prompt"
     return "hh" if isinstance(chosen, str) and HH_TURN.match(chosen) else "implicit_prompt"
 
 
 Parts = tuple[str | tuple[Message, ...], str, str]
+ConversationParts = tuple[tuple[Message, ...], str, str]
 
 
 def _explicit_prompt(record: dict[str, Any]) -> Parts:
@@ -208,12 +210,12 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Parts]] = {
 }
 
 
-def _conversations(record: dict[str, Any]) -> Parts:
+def _conversations(record: dict[str, Any]) -> ConversationParts:
     """Reads ``chosen`` and ``rejected`` as whole conversations."""
     return _split_conversations(*(_messages(_field(record, name), name) for name in ("chosen", "rejected")))
 
 
-def _split_conversations(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Parts:
+def _split_conversations(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> ConversationParts:
     """Splits two whole conversations into the messages they share and their final assistant messages."""
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1].role != "assistant":

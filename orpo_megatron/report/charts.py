@@ -10,8 +10,8 @@ from dataclasses import dataclass
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 38
-MAX_POINTS = 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 20, 12, 38
+MAX_POINTS, MAX_RINGS = 300, 40
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,25 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
     return [i * step for i in range(first, last + 1)]
 
 
-def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Averages neighbouring points until at most ``limit`` are left; a bucket with a gap in it averages the rest."""
-    if len(points) <= limit:
-        return list(points)
-    size = math.ceil(len(points) / limit)
-    thinned = []
+def steps_per_point(points: Sequence[Point]) -> int:
+    """Returns how many neighbouring steps share one point of a training curve."""
+    return max(1, math.ceil(len(points) / MAX_POINTS))
+
+
+def thin(series: Series) -> list[Point]:
+    """Returns the points to draw: a long training curve is averaged, of many evaluations some are taken.
+
+    Args:
+        series: The curve.
+
+    Returns:
+        At most ``MAX_POINTS`` means of neighbouring points, those that are not finite apart; or the first, the last
+        and evaluations between them, about ``MAX_RINGS``.
+    """
+    points = series.points
+    if series.held_out:
+        return [*points[:-1][:: max(1, math.ceil(len(points) / MAX_RINGS))], *points[-1:]]
+    size, thinned = steps_per_point(points), []
     for i in range(0, len(points), size):
         bucket = [point for point in points[i : i + size] if math.isfinite(point[1])] or points[i : i + 1]
         thinned.append((bucket[-1][0], sum(y for _, y in bucket) / len(bucket)))
@@ -108,7 +121,8 @@ def chart(
     Returns:
         A ``figure`` element.
     """
-    drawn = [Series(s.label, thin(s.points), s.color, s.held_out) for s in series if s.last is not None]
+    named = [s for s in series if s.last is not None]
+    drawn = [Series(s.label, thin(s), s.color, s.held_out) for s in named]
     heading = f"<h3>{html.escape(title)} <small>{html.escape(unit)}</small></h3>"
     if not drawn:
         return f'<figure>{heading}<p class="empty">Not recorded in this run.</p></figure>'
@@ -120,10 +134,10 @@ def chart(
     legend = "".join(
         f'<li class="c{s.color}{" ring" if s.held_out else ""}"><i></i>{html.escape(s.label)}'
         f" <b>{show(s.last)}</b></li>"
-        for s in drawn
+        for s in named
         if s.last is not None
     )
-    label = html.escape(f"{title}, {unit}, over steps {xs[0]:g} to {max(xs):g}")
+    label = html.escape(f"{title}, {unit}, over steps {min(xs):g} to {max(xs):g}")
     return (
         f'<figure>{heading}<ul class="legend">{legend}</ul><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg></figure>'

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from orpo_megatron.report import EVAL_PREFIX, RunRecord
-from orpo_megatron.report.charts import Point, Series, chart, number, percent
+from orpo_megatron.report.charts import Point, Series, chart, number, percent, steps_per_point
+from orpo_megatron.report.run import EVAL_PREFIX, RunRecord
 
 STYLE = Path(__file__).with_name("style.css")
 BAD_ROWS_SHOWN = 20
@@ -53,7 +53,7 @@ def _warnings(run: RunRecord) -> str:
         notes.append(f"{values} not finite, the first at step {step:g} ({name}). The curves have gaps there.")
     capped = max((y for _, y in run.points("capped_pairs")), default=0.0)
     if capped > 0:
-        notes.append(f"In one step, {percent(capped)} of the pairs had a side so probable that its odds were capped.")
+        notes.append(f"Up to {percent(capped)} of a step's pairs had a side so probable that its odds were capped.")
     return "".join(f'<p class="warning">{html.escape(note)}</p>' for note in notes)
 
 
@@ -83,7 +83,7 @@ def _cards(run: RunRecord) -> str:
         notes = ["median over steps", f"{number(tokens)} in {_duration(seconds)}"]
         cards.append(("Tokens per second", number(statistics.median(y for _, y in speeds)), notes))
     body = "".join(
-        f"<div><dt>{html.escape(title)}</dt><dd>{value}</dd>{''.join(f'<p>{html.escape(note)}</p>' for note in notes)}</div>"
+        f"<div><dt>{html.escape(title)}</dt><dd>{value}</dd><p>{'<br>'.join(map(html.escape, notes))}</p></div>"
         for title, value, notes in cards
     )
     return f'<dl class="cards">{body}</dl>'
@@ -117,7 +117,9 @@ def _charts(run: RunRecord) -> str:
         chart("Learning rate", "", [Series("learning rate", run.points("learning_rate"), 3)], bounds=(0, None)),
         chart("Speed", "tokens per second", [Series("tokens per second", _speeds(run), 3)], bounds=(0, None)),
     ]  # fmt: skip
-    return f'<section><h2>Curves</h2><div class="charts">{"".join(figures)}</div></section>'
+    size = steps_per_point(run.points("loss"))
+    note = f"<p>Each point of a training curve is the mean of {size:,} steps.</p>" if size > 1 else ""
+    return f'<section><h2>Curves</h2>{note}<div class="charts">{"".join(figures)}</div></section>'
 
 
 def _samples(run: RunRecord) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from orpo_megatron.config import ConfigError
-from orpo_megatron.data.cache import build_once
 from orpo_megatron.data.sources import load_tokenizer, resolve
 
 
@@ -87,20 +86,3 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded") as raised:
         load_tokenizer("no-such-org/no-such-model", tmp_path)
     assert "\n" not in str(raised.value)
-
-
-def test_build_once_builds_anew_what_is_not_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "cache" / "a"
-    folder.mkdir(parents=True)
-    (folder / "leftover").touch()
-    built = []
-
-    def build(scratch: Path) -> None:
-        assert not (folder / "done").exists()
-        built.append(scratch)
-        (scratch / "done").touch()
-
-    for _ in range(2):
-        build_once(folder, build, lambda path: (path / "done").exists())
-    assert len(built) == 1
-    assert [path.name for path in folder.iterdir()] == ["done"]
