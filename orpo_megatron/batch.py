@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -46,14 +48,14 @@ class PackedRow:
         """Length of the longest padded sequence in tokens."""
         return int(self.cu_seqlens.diff().max())
 
-    def to(self, device: torch.device | str) -> PackedRow:
+    def to(self, device: torch.device | str | int) -> PackedRow:
         """Returns the row with every tensor on ``device``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedRow(
-            **{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedRow:
         """Returns the row in page-locked memory; PyTorch's data loader calls this."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedRow(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in values.items()})
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedRow:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(v) for name, v in values.items() if torch.is_tensor(v)})

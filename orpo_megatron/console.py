@@ -67,7 +67,7 @@ def logged_to(path: Path) -> Iterator[None]:
 
 
 class Progress:
-    """Loss, margin, accuracy, tokens a second and time left: a bar in a terminal, a line every ten seconds elsewhere."""
+    """Loss, margin, accuracy, speed and time left: a bar in a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, mode: str, first_step: int, num_steps: int, stream: TextIO | None = None) -> None:
         """Starts at ``first_step`` of ``num_steps``; ``mode`` is ``run.progress``."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
 import sys
 import textwrap
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -24,9 +20,7 @@ if TYPE_CHECKING:
 
     from orpo_megatron.bridge.prepare import Prepared
 
-RECIPE_FILE, DATA_REPORT_FILE, REPORT_FILE = "recipe.yaml", "data_report.json", "report.html"
 EXIT_ERROR, EXIT_STOPPED = 2, 143
-_RECORDED_PACKAGES = ("orpo-megatron", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "transformers")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,39 +51,31 @@ def main(argv: list[str] | None = None) -> int:
 def _run(recipe: Recipe, dry_run: bool) -> int:
     """Prepares, then prints or trains."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from orpo_megatron.bridge import prepare  # transformers takes seconds to import
+    from orpo_megatron.bridge import prepare, rundir  # transformers takes seconds to import
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, run_dir = int(os.environ.get("WORLD_SIZE", "1")), recipe.run_dir
     hf_config = prepare.load_hf_config(recipe)
-    pretrained = recipe.setting("checkpoint.pretrained_checkpoint")
-    if pretrained:
-        prepare.check_pretrained(pretrained, hf_config)
-    before = _read_yaml(recipe.run_dir / RECIPE_FILE).get(RECORD) or {}
-    step = _latest_step(recipe.run_dir)
-    rows = before.get("rows_per_step") if step else None
-    prepared = prepare.prepare_run(recipe, hf_config, world_size, rows, show_progress=rank() == 0)
-    steps = prepared.plan.num_steps
-    now = prepare.trajectory(recipe, prepared.store.content_hash, steps)
+    prepare.check_pretrained(recipe, hf_config)
+    step, record = rundir.latest_step(run_dir), rundir.read_record(run_dir)
+    rows_per_step = record.get("rows_per_step") if step else None
+    prepared = prepare.prepare_run(recipe, hf_config, world_size, rows_per_step, show_progress=rank() == 0)
     if step:
-        prepare.check_same_run(recipe.run_dir, before.get("trajectory") or {}, now)
-    record = {
-        "versions": _versions(),
-        "rows_per_step": prepared.plan.rows_per_step,
-        "content_hash": prepared.store.content_hash,
-        "trajectory": now,
-    }
+        rundir.check_same_run(run_dir, record.get("trajectory") or {}, rundir.trajectory(recipe, prepared))
     if dry_run:
-        return _dry_run(recipe, hf_config, prepared, record)
+        return _dry_run(recipe, hf_config, prepared)
+    steps = prepared.plan.num_steps
     if step >= steps:
-        return _finish(recipe, hf_config, prepared, trained_now=False)
+        return _finish(recipe, hf_config, steps, trained_now=False)
     if rank() == 0:
-        _write_records(recipe, prepared, record)
+        rundir.write_records(recipe, prepared)
         _announce(recipe, prepared, step, world_size)
     if not _train(recipe, hf_config, prepared):
-        say(f"Stopped at step {_latest_step(recipe.run_dir)} of {steps} by a signal. The checkpoint is saved in "
-            f"{recipe.run_dir / 'checkpoints'}; the same command goes on from there.")  # fmt: skip
+        say(
+            f"Stopped at step {rundir.latest_step(run_dir)} of {steps} by a signal. The checkpoint is saved in "
+            f"{run_dir / rundir.CHECKPOINTS}; the same command goes on from there."
+        )
         return EXIT_STOPPED
-    return _finish(recipe, hf_config, prepared, trained_now=True)
+    return _finish(recipe, hf_config, steps, trained_now=True)
 
 
 def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
@@ -104,36 +90,29 @@ def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> b
         return train(recipe, hf_config, prepared)
 
 
-def _finish(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, trained_now: bool) -> int:
+def _finish(recipe: Recipe, hf_config: PretrainedConfig, steps: int, trained_now: bool) -> int:
     """Completes what a finished run leaves behind; rank 0 alone."""
     if rank() != 0:
         return 0
-    run_dir = recipe.run_dir
-    folder, partial = run_dir / "hf", run_dir / "hf.partial"
-    if not trained_now:
-        say(f"This run is finished: {prepared.plan.num_steps} steps are done. To train anew, give another run.dir.")
-    if recipe.run.export and not folder.is_dir():
-        with logged_to(run_dir / "logs" / "rank_0.txt"):
-            from orpo_megatron import cpu
-
-            cpu.activate()
-            from orpo_megatron.bridge.convert import export_checkpoint, last_metrics
-            from orpo_megatron.modelcard import model_card
-
-            if not trained_now:
-                say("Its export is missing: writing it from the checkpoint.")
-                export_checkpoint(recipe, hf_config, run_dir, partial)
-            card = model_card(
-                base_model=recipe.hf or "",
-                recipe=recipe.as_dict(),
-                data_report=prepared.store.report.to_dict(),
-                metrics=last_metrics(run_dir),
-                versions=_versions(),
-            )
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            partial.rename(folder)
+    from orpo_megatron.bridge import rundir
     from orpo_megatron.report import write_report
 
+    run_dir = recipe.run_dir
+    folder, partial = run_dir / rundir.HF, rundir.partial_export(run_dir)
+    if not trained_now:
+        say(f"This run is finished: all of its {steps} steps are done. To train anew, give another run.dir.")
+    if recipe.run.export and not folder.is_dir():
+        if not trained_now:
+            say("Its export is missing; writing it from the checkpoint.")
+            with logged_to(run_dir / "logs" / "rank_0.txt"):
+                from orpo_megatron import cpu
+
+                cpu.activate()
+                from orpo_megatron.bridge.convert import export_checkpoint
+
+                export_checkpoint(recipe, hf_config, run_dir, partial)
+        rundir.write_model_card(recipe, partial)
+        partial.rename(folder)
     report = write_report(run_dir)
     if folder.is_dir():
         say(f"Model:  {folder}  (transformers loads it as it is)")
@@ -141,19 +120,21 @@ def _finish(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, tra
     return 0
 
 
-def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, record: dict[str, Any]) -> int:
+def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> int:
     """Prints the resolved recipe and the plan, and has Bridge validate its configuration."""
     if rank() != 0:
         return 0
-    log = recipe.cache_dir / "logs" / "dry_run.txt"
-    with logged_to(log):
+    from orpo_megatron.bridge import rundir
+
+    with logged_to(recipe.cache_dir / "logs" / "dry_run.txt"):
         from orpo_megatron import cpu
 
         cpu.activate()
         from orpo_megatron.bridge.train import validate
 
         resolved = validate(recipe, hf_config, prepared)
-    record.pop("trajectory")
+    record = rundir.make_record(recipe, prepared)
+    del record["trajectory"]  # what the recipe says anyway
     print(f"# Megatron-Bridge's configuration\nbridge:\n{textwrap.indent(resolved, '  ')}\n# The recipe, resolved")
     print(yaml.safe_dump({**recipe.as_dict(), RECORD: record}, sort_keys=False), end="", flush=True)
     say(f"\n{prepared.store.report.summary()}\n\n{prepared.plan.summary()}\n\nNothing was trained (--dry-run).")
@@ -176,37 +157,6 @@ def _announce(recipe: Recipe, prepared: Prepared, step: int, world_size: int) ->
     say(f"processes    {world_size} ({split})")
     if step:
         say(f"Resuming after step {step}.")
-
-
-def _write_records(recipe: Recipe, prepared: Prepared, record: dict[str, Any]) -> None:
-    """Writes ``recipe.yaml`` (resolved, with versions and data hash) and ``data_report.json``."""
-    recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump({**recipe.as_dict(), RECORD: record}, sort_keys=False, allow_unicode=True)
-    (recipe.run_dir / RECIPE_FILE).write_text(text, encoding="utf-8")
-    reports = {"train": prepared.store.report.to_dict(), "plan": vars(prepared.plan.summary())}
-    if prepared.eval_store is not None:
-        reports["eval"] = prepared.eval_store.report.to_dict()
-    (recipe.run_dir / DATA_REPORT_FILE).write_text(json.dumps(reports, indent=2), encoding="utf-8")
-
-
-def _latest_step(run_dir: Path) -> int:
-    """Returns the step of the run's latest complete checkpoint, 0 where there is none."""
-    tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.is_file() else 0
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _RECORDED_PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 if __name__ == "__main__":

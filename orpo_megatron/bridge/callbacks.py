@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
+from orpo_megatron.bridge.rundir import METRICS as METRICS_FILE
 from orpo_megatron.console import Progress, rank
 from orpo_megatron.data.plan import StepPlan
 from orpo_megatron.metrics import METRICS
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class RunMonitor(Callback):
@@ -58,7 +57,7 @@ class RunMonitor(Callback):
             return
         record = {
             **metrics,
-            "grad_norm": None if context.grad_norm is None else float(context.grad_norm),
+            "grad_norm": float("nan") if context.grad_norm is None else float(context.grad_norm),
             "learning_rate": self.learning_rate,
             "tokens": self.plan.num_tokens(step - 1),
             "pairs": self.plan.num_pairs(step - 1),

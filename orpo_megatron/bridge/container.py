@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
@@ -18,10 +17,10 @@ from orpo_megatron import cpu
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.apply import apply_settings, build_settings
 from orpo_megatron.bridge.recipe import Recipe
-from orpo_megatron.config import ConfigError
+from orpo_megatron.bridge.rundir import CHECKPOINTS
 from orpo_megatron.data.dataset import PackedRows, collate_fn
 
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+TENSORBOARD = "tensorboard"
 _OPTIONAL = {
     "ft": bridge_config.FaultToleranceConfig,
     "straggler": bridge_config.StragglerDetectionConfig,
@@ -102,8 +101,9 @@ def make_container(
         values = {k: v for k, v in given.get(name, {}).items() if (name, k) != ("train", "num_epochs")}
         return build_settings(cls, values, name, **defaults)
 
+    backend = "gloo" if cpu.is_active() else "nccl"
     weight_decay = recipe.setting("optimizer.weight_decay", 0.0)
-    container = ConfigContainer(
+    return ConfigContainer(
         model=provider,
         dataset=dataset,
         # Bridge only asks it for the size of the vocabulary.
@@ -151,7 +151,7 @@ def make_container(
             save_interval=num_steps,
         ),
         logger=build("logger", bridge_config.LoggerConfig, tensorboard_dir=str(run_dir / TENSORBOARD), log_interval=1),
-        dist=build("dist", bridge_config.DistributedInitConfig, distributed_backend="gloo" if cpu.is_active() else "nccl"),
+        dist=build("dist", bridge_config.DistributedInitConfig, distributed_backend=backend),
         rng=build("rng", bridge_config.RNGConfig),
         rerun_state_machine=build("rerun_state_machine", bridge_config.RerunStateMachineConfig),
         profiling=build("profiling", bridge_config.ProfilingConfig),
@@ -159,7 +159,6 @@ def make_container(
         env_vars=given.get("env_vars", {}),
         **{name: build(name, cls) for name, cls in _OPTIONAL.items() if name in given},
     )
-    return container
 
 
 def _mixed_precision(value: Any) -> Any:
@@ -167,18 +166,3 @@ def _mixed_precision(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
     return apply_settings(MixedPrecisionConfig(), value, "mixed_precision")
-
-
-def latest_step(run_dir: Path) -> int:
-    """Returns the step of the run's latest complete checkpoint, 0 where there is none.
-
-    Raises:
-        ConfigError: If the tracker file cannot be read.
-    """
-    tracker = run_dir / CHECKPOINTS / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return 0
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ConfigError(f"{tracker} ({text!r}) must hold the step of a checkpoint. Write it, or remove the folder.")
-    return int(text)

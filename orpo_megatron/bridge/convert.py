@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.bridge.training.model_load_save import build_and_load_model, load_model_config
+from megatron.bridge import AutoBridge
+from megatron.bridge.training.model_load_save import (
+    build_and_load_model,
+    load_model_config,
+    temporary_distributed_context,
+)
 from transformers import GenerationConfig, PretrainedConfig
 
 from orpo_megatron import cpu
-from orpo_megatron.bridge.model import fit_to_machine, make_bridge
+from orpo_megatron.bridge.model import fit_to_machine, make_bridge, set_dtype
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
@@ -83,6 +87,24 @@ def load_checkpoint_model(folder: Path) -> list[torch.nn.Module]:
     return model if isinstance(model, list) else [model]
 
 
+def import_checkpoint(model: str, folder: Path) -> None:
+    """Writes a Hugging Face model as a Megatron checkpoint, without optimizer state.
+
+    Args:
+        model: Hugging Face id or folder.
+        folder: Where to write; a recipe takes it as ``checkpoint.pretrained_checkpoint``.
+    """
+    bridge = AutoBridge.from_hf_pretrained(model, trust_remote_code=False)
+    provider = bridge.to_megatron_provider(load_weights=True)
+    provider.hidden_dropout = provider.attention_dropout = 0.0
+    set_dtype(provider, torch.float32)
+    fit_to_machine(provider)
+    provider.finalize()
+    with temporary_distributed_context("gloo" if cpu.is_active() else "nccl"):
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=cpu.is_active())
+        bridge.save_megatron_model(chunks, folder)
+
+
 def export_checkpoint(recipe: Recipe, hf_config: PretrainedConfig, checkpoint: Path, folder: Path) -> None:
     """Writes a run's checkpoint as a Hugging Face folder: weights, configuration, tokenizer, generation settings.
 
@@ -93,15 +115,7 @@ def export_checkpoint(recipe: Recipe, hf_config: PretrainedConfig, checkpoint: P
         folder: Where to write.
     """
     bridge = make_bridge(recipe, hf_config)
-    model = load_checkpoint_model(checkpoint_folder(checkpoint))
-    write_artifacts(recipe, bridge, folder)
-    bridge.save_hf_weights(model, folder, show_progress=False)
-
-
-def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """Returns the run's last training figures, and its last evaluation's with their prefix ``eval_``."""
-    path, metrics = run_dir / "metrics.jsonl", {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            metrics.update(json.loads(line))
-    return metrics
+    with temporary_distributed_context("gloo" if cpu.is_active() else "nccl"):
+        model = load_checkpoint_model(checkpoint_folder(checkpoint))
+        write_artifacts(recipe, bridge, folder)
+        bridge.save_hf_weights(model, folder, show_progress=False)

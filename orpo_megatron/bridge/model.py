@@ -29,10 +29,9 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
         ConfigError: If Megatron-Bridge does not know the architecture.
     """
     if not AutoBridge.supports(hf_config):
-        raise ConfigError(
-            f"Megatron-Bridge has no bridge for {', '.join(hf_config.architectures or [hf_config.model_type])}. It has "
-            f"these: {', '.join(AutoBridge.list_supported_models())}."
-        )
+        name = ", ".join(hf_config.architectures or [hf_config.model_type])
+        known = ", ".join(AutoBridge.list_supported_models())
+        raise ConfigError(f"Megatron-Bridge has no bridge for {name}. It has these: {known}.")
     return AutoBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
 
 

@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from transformers import AutoConfig, PretrainedConfig
@@ -110,11 +109,23 @@ def prepare_run(
     vocab_size = getattr(hf_config, "vocab_size", None)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ConfigError(
-            f"The tokenizer {recipe.tokenizer} has {len(tokenizer)} tokens but the model's vocabulary has {vocab_size}. "
-            "Use the model's own tokenizer (leave data.tokenizer out), or a model with a larger vocabulary."
+            f"The tokenizer {recipe.tokenizer} has {len(tokenizer)} tokens but the model's vocabulary has "
+            f"{vocab_size}. Use the model's own tokenizer (leave data.tokenizer out) or a model with more."
         )
-    store = _store(recipe, "train", show_progress)
-    eval_store = _store(recipe, "eval", show_progress) if data.eval is not None else None
+
+    def store_of(sources: str | list[str], split: str, role: str) -> PairStore:
+        return prepare(
+            sources,
+            split,
+            config=data,
+            tokenizer_name=recipe.tokenizer,
+            cache_dir=cache,
+            role=role,
+            show_progress=show_progress,
+        )
+
+    store = store_of(data.train, data.train_split, "train")
+    eval_store = store_of(data.eval, data.eval_split, "eval") if data.eval is not None else None
     dp, multiple = recipe.data_parallel_size(world_size), sequence_multiple(recipe)
     plan = make_plan(
         store.lengths,
@@ -142,21 +153,6 @@ def prepare_run(
     return Prepared(store, plan, eval_store, eval_plan, int(pad))
 
 
-def _store(recipe: Recipe, role: str, show_progress: bool) -> PairStore:
-    """Returns the token ids of the ``train`` or the ``eval`` pairs."""
-    data = recipe.data
-    sources, split = (data.train, data.train_split) if role == "train" else (data.eval, data.eval_split)
-    return prepare(
-        sources,
-        split,
-        config=data,
-        tokenizer_name=recipe.tokenizer,
-        cache_dir=recipe.cache_dir,
-        role=role,
-        show_progress=show_progress,
-    )
-
-
 def num_steps(recipe: Recipe, num_pairs: int) -> int:
     """Returns the optimizer steps that ``train.train_iters`` or ``train.num_epochs`` asks for."""
     iters = recipe.setting("train.train_iters")
@@ -175,48 +171,15 @@ def sequence_multiple(recipe: Recipe) -> int:
     return math.lcm(multiple, 16) if "fp8" in name or (not isinstance(precision, str) and name) else multiple
 
 
-# --- what already lies in the run's folder ----------------------------------------------------------------------
-
-#: Settings that a run may change when it goes on: none of them moves the trajectory.
-_FREE = ("run", "logger", "checkpoint", "dist", "profiling", "straggler", "nvrx_straggler", "ft", "validation",
-         "comm_overlap", "env_vars", "record", "tensor_inspect", "inprocess_restart", "ddp")  # fmt: skip
-_FREE_DATA = ("num_workers", "max_bad_rows", "rows_per_step", "max_tokens_per_row", "eval", "eval_split", "train")
-
-
-def trajectory(recipe: Recipe, content_hash: str, steps: int) -> dict[str, Any]:
-    """Returns the settings that decide which model a run ends in, but for the shape of the cluster."""
-    values = {name: section for name, section in recipe.as_dict().items() if name not in _FREE and section}
-    values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
-    values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}
-    values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in ("train_iters", "num_epochs")}
-    return {**values, "num_steps": steps, "content_hash": content_hash}
-
-
-def check_same_run(path: Path, recorded: dict[str, Any], now: dict[str, Any]) -> None:
-    """Checks that the checkpoints in a run's folder belong to the recipe that is about to continue them.
-
-    Raises:
-        ConfigError: Naming the first setting that differs.
-    """
-    for name in sorted({*recorded, *now}):
-        old, new = recorded.get(name), now.get(name)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            key = next(k for k in sorted({*old, *new}) if old.get(k) != new.get(k))
-            name, old, new = f"{name}.{key}", old.get(key), new.get(key)
-        raise ConfigError(
-            f"{path} holds checkpoints of another run: there {name} was {old!r}, now it is {new!r}. Give another "
-            "run.dir, or the old setting to go on."
-        )
-
-
-def check_pretrained(path: str, hf_config: PretrainedConfig) -> None:
-    """Checks that a Megatron checkpoint to start from is of the recipe's model.
+def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:
+    """Checks that ``checkpoint.pretrained_checkpoint``, if given, is of the recipe's model.
 
     Raises:
         ConfigError: If it is not a checkpoint, or a size differs.
     """
+    path = recipe.setting("checkpoint.pretrained_checkpoint")
+    if path is None:
+        return
     folder = Path(path)
     configs = [folder / "run_config.yaml", *sorted(folder.glob("iter_*/run_config.yaml"), reverse=True)]
     found = next((c for c in configs if c.is_file()), None)

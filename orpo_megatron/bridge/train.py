@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from megatron.bridge.training import setup
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
@@ -18,17 +19,16 @@ from transformers import PretrainedConfig
 
 from orpo_megatron import cpu
 from orpo_megatron.bridge.callbacks import RunMonitor
-from orpo_megatron.bridge.container import PreferenceData, RowStream, latest_step, make_container
+from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
 from orpo_megatron.bridge.convert import write_artifacts
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.bridge.rundir import latest_step, partial_export
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.data.dataset import PackedRows
-
-HF_FOLDER = "hf"
 
 
 def build(
@@ -122,27 +122,16 @@ def make_dataset(recipe: Recipe, prepared: Prepared) -> PreferenceData:
 def export(recipe: Recipe, bridge: Any, model: list[torch.nn.Module]) -> None:
     """Writes the trained model beside its final place; all ranks call it, rank 0 writes.
 
-    ``finish_export`` moves the folder once the run's closing figures are known.
+    The folder is moved once the run's closing figures are known.
     """
-    folder = staging_folder(recipe.run_dir)
+    folder = partial_export(recipe.run_dir)
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         write_artifacts(recipe, bridge, folder)
     bridge.save_hf_weights(model, folder, show_progress=False)
 
 
-def staging_folder(run_dir: Path) -> Path:
-    """Returns where an export is written before it is complete."""
-    return run_dir / f"{HF_FOLDER}.partial"
-
-
 def _allow_cpu() -> None:
     """Lets Bridge's set-up pass its one check for CUDA where the CPU stands in for it."""
-    if not cpu.is_active():
-        return
-    import functools
-
-    import megatron.bridge.training.setup as setup
-
-    if not isinstance(setup.initialize_megatron, functools.partial):
+    if cpu.is_active() and not isinstance(setup.initialize_megatron, functools.partial):
         setup.initialize_megatron = functools.partial(setup.initialize_megatron, allow_no_cuda=True)

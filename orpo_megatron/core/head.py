@@ -17,7 +17,7 @@ from orpo_megatron.logps import vocab_parallel_logps
 def score_tokens(
     *,
     hidden_states: torch.Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: torch.Tensor | None,
     scale_logits: Callable[[torch.Tensor], torch.Tensor],
     config: TransformerConfig,

@@ -88,5 +88,3 @@ def row_loss(
     metrics = step_metrics(loss, logps, objective.beta)
     scale = num_microbatches * parallel_state.get_data_parallel_world_size()
     return loss.loss * scale, metrics
-
-

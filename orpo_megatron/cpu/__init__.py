@@ -166,14 +166,15 @@ def _redirect_cuda_runtime() -> None:
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
     }
-    for name in ("empty_cache", "manual_seed", "manual_seed_all", "reset_peak_memory_stats", "set_device", "set_stream", "synchronize"):
+    nothing = "empty_cache manual_seed manual_seed_all reset_peak_memory_stats set_device set_stream synchronize"
+    for name in nothing.split():
         answers[name] = constant(None)
     for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):
         answers[name] = constant(0)
     for name, answer in answers.items():
         setattr(cuda, name, answer)
     # torch.optim asks the accelerator whether a CUDA graph is being captured.
-    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # type: ignore[attr-defined]
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # type: ignore[method-assign]
 
 
 def _redirect_distributed() -> None:

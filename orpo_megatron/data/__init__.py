@@ -1,0 +1,1 @@
+"""From preference rows to packed rows of token ids, without Megatron."""

@@ -1,0 +1,152 @@
+"""A run's folder: what lies in it, and whether a recipe may go on from there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orpo_megatron.bridge.prepare import Prepared
+from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
+from orpo_megatron.config import ConfigError
+from orpo_megatron.modelcard import model_card
+
+RECIPE, DATA_REPORT, METRICS, CHECKPOINTS, HF = "recipe.yaml", "data_report.json", "metrics.jsonl", "checkpoints", "hf"
+_PACKAGES = ("orpo-megatron", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "transformers")
+
+#: Settings that a run may change when it goes on: none of them moves the trajectory.
+_FREE_SECTIONS = {"run", "logger", "checkpoint", "dist", "ddp", "profiling", "straggler", "nvrx_straggler", "ft"} | {
+    "validation", "comm_overlap", "env_vars", "tensor_inspect", "inprocess_restart", RECORD,
+}  # fmt: skip
+#: The training data is compared by content, not by name.
+_FREE_DATA = {"train", "eval", "eval_split", "num_workers", "max_bad_rows", "rows_per_step", "max_tokens_per_row"}
+_FREE_TRAIN = {"train_iters", "num_epochs"}  # compared as the number of steps
+
+
+def latest_step(run_dir: Path) -> int:
+    """Returns the step of the run's latest complete checkpoint, 0 where there is none.
+
+    Raises:
+        ConfigError: If the tracker file does not hold a step.
+    """
+    tracker = run_dir / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return 0
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise ConfigError(f"{tracker} ({text!r}) must hold the step of a checkpoint. Write it, or remove the folder.")
+    return int(text)
+
+
+def partial_export(run_dir: Path) -> Path:
+    """Returns where an export is written before it is complete."""
+    return run_dir / f"{HF}.partial"
+
+
+def trajectory(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Returns what decides which model a run ends in: the data and the settings, but for the shape of the cluster."""
+    values = {name: section for name, section in recipe.as_dict().items() if name not in _FREE_SECTIONS and section}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
+    values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in _FREE_TRAIN}
+    values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}
+    return {**values, "num_steps": prepared.plan.num_steps, "content_hash": prepared.store.content_hash}
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """Returns what the run wrote about itself when it last started; empty where there is no run."""
+    path = run_dir / RECIPE
+    return ((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(RECORD) or {}) if path.is_file() else {}
+
+
+def make_record(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Returns what a run writes about itself beside its settings."""
+    return {
+        "versions": versions(),
+        "rows_per_step": prepared.plan.rows_per_step,
+        "content_hash": prepared.store.content_hash,
+        "trajectory": trajectory(recipe, prepared),
+    }
+
+
+def write_records(recipe: Recipe, prepared: Prepared) -> None:
+    """Writes ``recipe.yaml`` (resolved, with versions and data hash) and ``data_report.json``."""
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    values = {**recipe.as_dict(), RECORD: make_record(recipe, prepared)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    (recipe.run_dir / RECIPE).write_text(text, encoding="utf-8")
+    reports = {"train": prepared.store.report.to_dict(), "plan": vars(prepared.plan.summary())}
+    if prepared.eval_store is not None:
+        reports["eval"] = prepared.eval_store.report.to_dict()
+    (recipe.run_dir / DATA_REPORT).write_text(json.dumps(reports, indent=2), encoding="utf-8")
+
+
+def check_same_run(run_dir: Path, recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checks that the checkpoints in a run's folder belong to the recipe that is about to go on from them.
+
+    Args:
+        run_dir: The folder.
+        recorded: ``trajectory`` as the run recorded it.
+        now: ``trajectory`` of the recipe.
+
+    Raises:
+        ConfigError: Naming the first setting that differs.
+    """
+    for name in sorted({*recorded, *now}):
+        old, new = recorded.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            key = next(k for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+            name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+        raise ConfigError(
+            f"{run_dir} holds checkpoints of another run: there {name} was {old!r}, now it is {new!r}. Give another "
+            "run.dir, or the old setting to go on."
+        )
+
+
+def read_run(run_dir: Path) -> Recipe:
+    """Reads the recipe that a run left behind.
+
+    Raises:
+        ConfigError: If the folder holds no run.
+    """
+    if not (run_dir / RECIPE).is_file():
+        raise ConfigError(f"{run_dir} holds no run (no {RECIPE}). Give the run.dir of a run.")
+    return load_recipe(str(run_dir / RECIPE))
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """Returns the run's last training figures, and its last evaluation's with their prefix ``eval_``."""
+    path, metrics = run_dir / METRICS, dict[str, Any]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        metrics.update(json.loads(line))
+    return metrics
+
+
+def write_model_card(recipe: Recipe, folder: Path) -> None:
+    """Writes the exported model's ``README.md`` from what lies in the run's folder."""
+    report = recipe.run_dir / DATA_REPORT
+    reports = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    card = model_card(
+        base_model=recipe.hf or "",
+        recipe=recipe.as_dict(),
+        data_report=reports.get("train") or {},
+        metrics=last_metrics(recipe.run_dir),
+        versions=versions(),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
