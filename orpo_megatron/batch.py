@@ -58,4 +58,5 @@ class PackedRow:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedRow:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(v) for name, v in values.items() if torch.is_tensor(v)})
+        moved: dict[str, Any] = {name: function(v) for name, v in values.items() if torch.is_tensor(v)}
+        return replace(self, **moved)
