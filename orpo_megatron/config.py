@@ -117,13 +117,14 @@ class RunConfig:
         cache_dir: Folder for tokenised data and converted models, shared between runs; ``cache`` beside ``dir``
             where it is not given.
         export: Whether the trained model is written to ``dir/hf`` in Hugging Face format at the end.
-        progress: Progress bar: ``auto`` shows it in a terminal and plain lines elsewhere.
+        progress: Progress bar: ``auto`` shows it in a terminal and plain lines elsewhere. (Not ``off``, which YAML
+            reads as a truth value.)
     """
 
     dir: str
     cache_dir: str | None = None
     export: bool = True
-    progress: Literal["auto", "bar", "plain", "off"] = "auto"
+    progress: Literal["auto", "bar", "plain", "none"] = "auto"
 
 
 Section = TypeVar("Section")
@@ -179,7 +180,15 @@ def checked_value(value: Any, hint: Any, name: str) -> Any:
         elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
             return value
     if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(choices)}.{nearest(str(value), choices)}")
-    words = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+        raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(map(str, typing.get_args(hint)))}.")
+    words = " or ".join(_in_words(option) for option in options)
     raise ConfigError(f"{name} ({value!r}) must be of type {words}.")
+
+
+def _in_words(hint: Any) -> str:
+    """Returns what a type is called in a message."""
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is list:
+        return "list (not empty, of str)"
+    return str(getattr(hint, "__name__", hint))

@@ -44,7 +44,8 @@ def tell_torchrun(message: str) -> None:
 def logged_to(path: Path) -> Iterator[None]:
     """Sends what Megatron prints, logs and warns of to a file, so that the terminal shows the run and nothing else.
 
-    Uncaught errors still reach the terminal, since they are shown after this context is left.
+    Uncaught errors still reach the terminal, since they are shown after this context is left. The file is not closed
+    then: log handlers that were made meanwhile hold it for as long as the process lives.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
@@ -55,15 +56,15 @@ def logged_to(path: Path) -> Iterator[None]:
         for handler in logger.handlers
         if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and handler.stream in terminal
     ]
-    with path.open("a", encoding="utf-8", buffering=1) as file:
-        for handler, _ in moved:
-            handler.setStream(file)
-        try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                yield
-        finally:
-            for handler, stream in moved:
-                handler.setStream(stream)
+    file = path.open("a", encoding="utf-8", buffering=1)
+    for handler, _ in moved:
+        handler.setStream(file)
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+    finally:
+        for handler, stream in moved:
+            handler.setStream(stream)
 
 
 class Progress:
@@ -73,6 +74,7 @@ class Progress:
         """Starts at ``first_step`` of ``num_steps``; ``mode`` is ``run.progress``."""
         self.stream = stream or sys.__stderr__
         is_terminal = self.stream is not None and self.stream.isatty()
+        self.quiet = mode == "none"
         self.plain = mode == "plain" or (mode == "auto" and not is_terminal)
         self.first_step, self.num_steps = first_step, num_steps
         self.started = self.last_line = time.monotonic()
@@ -102,14 +104,18 @@ class Progress:
         if self.plain and (first or last or now - self.last_line >= PLAIN_LINE_SECONDS):
             self.last_line = now
             left = (now - self.started) / (step - self.first_step) * (self.num_steps - step)
-            say(f"step {step}/{self.num_steps}  {figures}  {tqdm.format_interval(left)} left")
+            self._say(f"step {step}/{self.num_steps}  {figures}  {tqdm.format_interval(left)} left")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the result of an evaluation."""
-        say(
+        self._say(
             f"evaluation at step {step}: loss {metrics['loss']:.4f}  margin {metrics['logps/margins']:+.3f}  "
             f"accuracy {metrics['rewards/accuracies']:.3f}"
         )
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            tqdm.write(line, file=self.stream)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -125,6 +125,7 @@ def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
     if rank() != 0:
         return 0
     from orpo_megatron.bridge import rundir
+    from orpo_megatron.data.report import ROWS_IN_SUMMARY
 
     with logged_to(recipe.cache_dir / "logs" / "dry_run.txt"):
         from orpo_megatron import cpu
@@ -137,7 +138,11 @@ def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
     del record["trajectory"]  # what the recipe says anyway
     print(f"# Megatron-Bridge's configuration\nbridge:\n{textwrap.indent(resolved, '  ')}\n# The recipe, resolved")
     print(yaml.safe_dump({**recipe.as_dict(), RECORD: record}, sort_keys=False), end="", flush=True)
-    say(f"\n{prepared.store.report.summary()}\n\n{prepared.plan.summary()}\n\nNothing was trained (--dry-run).")
+    for store in filter(None, (prepared.store, prepared.eval_store)):
+        say(f"\n{store.report.summary()}")
+        if len(store.report.bad_rows) > ROWS_IN_SUMMARY:
+            say("  all unusable rows:\n" + "\n".join(f"    {row}" for row in store.report.bad_rows))
+    say(f"\n{prepared.plan.summary()}\n\nNothing was trained (--dry-run).")
     return 0
 
 

@@ -7,17 +7,20 @@ from typing import Any, Literal
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training import config as bridge_config
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, MixedPrecisionConfig
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from torch.utils.data import Dataset
 
 from orpo_megatron import cpu
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.apply import apply_settings, build_settings
+from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import CHECKPOINTS
+from orpo_megatron.config import ConfigError, nearest
 from orpo_megatron.data.dataset import PackedRows, collate_fn
 
 TENSORBOARD = "tensorboard"
@@ -149,12 +152,15 @@ def make_container(
             save=str(run_dir / CHECKPOINTS),
             load=str(run_dir / CHECKPOINTS),
             save_interval=num_steps,
+            # LoRA loads its frozen base model by itself, before the adapters are put in.
+            **({"pretrained_checkpoint": model_source(recipe)} if given.get("peft") else {}),
         ),
         logger=build("logger", bridge_config.LoggerConfig, tensorboard_dir=str(run_dir / TENSORBOARD), log_interval=1),
         dist=build("dist", bridge_config.DistributedInitConfig, distributed_backend=backend),
         rng=build("rng", bridge_config.RNGConfig),
         rerun_state_machine=build("rerun_state_machine", bridge_config.RerunStateMachineConfig),
         profiling=build("profiling", bridge_config.ProfilingConfig),
+        peft=build("peft", LoRA) if given.get("peft") else None,
         mixed_precision=_mixed_precision(given.get("mixed_precision")),
         env_vars=given.get("env_vars", {}),
         **{name: build(name, cls) for name, cls in _OPTIONAL.items() if name in given},
@@ -163,6 +169,11 @@ def make_container(
 
 def _mixed_precision(value: Any) -> Any:
     """Returns Bridge's precision setting: a name such as ``bf16_mixed``, an object, or None for fp32."""
+    if isinstance(value, str) and value.replace("-", "_") not in MIXED_PRECISION_RECIPES:
+        raise ConfigError(
+            f"mixed_precision ({value!r}) is no precision of Megatron-Bridge's."
+            f"{nearest(value, (name for name in MIXED_PRECISION_RECIPES if '-' not in name))}"
+        )
     if value is None or isinstance(value, str):
         return value
     return apply_settings(MixedPrecisionConfig(), value, "mixed_precision")

@@ -35,16 +35,22 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
     return AutoBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
 
 
-def make_provider(recipe: Recipe, bridge: AutoBridge[Any], *, load_weights: bool) -> GPTModelProvider:
+def make_provider(
+    recipe: Recipe, bridge: AutoBridge[Any], *, load_weights: bool, here: bool = True
+) -> GPTModelProvider:
     """Makes the model provider of a run.
 
     Args:
         recipe: The recipe; its section ``model`` wins over what the architecture implies.
         bridge: From ``make_bridge``.
         load_weights: Whether weights come from Hugging Face; False where a checkpoint brings them.
+        here: Whether to fit it to this machine, or leave it as a machine with GPUs takes it.
 
     Returns:
         The provider, not yet finalised.
+
+    Raises:
+        ConfigError: If a setting is not the provider's, or needs what this machine lacks.
     """
     provider = bridge.to_megatron_provider(load_weights=load_weights)
     provider.seq_length = recipe.data.row_budget
@@ -55,8 +61,19 @@ def make_provider(recipe: Recipe, bridge: AutoBridge[Any], *, load_weights: bool
     provider.variable_seq_lengths = recipe.parallel_size("pipeline_model") > 1
     provider.moe_token_dispatcher_type = "alltoall"
     set_dtype(provider, torch.float32)
-    fit_to_machine(provider)
+    if here:
+        fit_to_machine(provider)
+        if is_local(provider) and recipe.setting("model.sequence_parallel"):
+            raise ConfigError(
+                "model.sequence_parallel (true) needs Transformer Engine, which this machine has not: Megatron-Core's "
+                "local norms do not split sequences. Set it to false."
+            )
     return apply_settings(provider, recipe.sections["model"], "model")
+
+
+def is_local(provider: GPTModelProvider) -> bool:
+    """Returns whether the model is built of Megatron-Core's local layers."""
+    return provider.transformer_layer_spec is packed_local_layer_spec
 
 
 def set_dtype(provider: GPTModelProvider, dtype: torch.dtype) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from orpo_megatron.bridge.recipe import Recipe, check_layout
 from orpo_megatron.config import ConfigError
@@ -50,6 +51,11 @@ def model_source(recipe: Recipe) -> str:
     if recipe.hf is not None:
         return resolve(recipe.hf, recipe.cache_dir)
     values = dict(recipe.hf_config or {})
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.config.model_type ({values.get('model_type')!r}) must be an architecture that transformers knows, "
+            "such as llama or mistral."
+        )
     identity = json.dumps([values, recipe.seed], sort_keys=True)
     folder = recipe.cache_dir.absolute() / "models" / f"random-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
@@ -57,13 +63,17 @@ def model_source(recipe: Recipe) -> str:
         import torch
         from transformers import AutoModelForCausalLM
 
-        try:
-            config = AutoConfig.for_model(values.pop("model_type", None), **values)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"model.config is not a configuration that transformers knows: {error}") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(scratch)
+            try:
+                config = AutoConfig.for_model(**values)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            except Exception as error:  # a wrong size or name comes to light anywhere in transformers
+                reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+                raise ConfigError(
+                    f"model.config is no language model that transformers can build: {reason}"
+                ) from error
+        model.save_pretrained(scratch)
 
     build_once(folder, build, Path.exists)
     return str(folder)

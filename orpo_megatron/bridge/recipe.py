@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,6 +53,10 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.attention_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
     "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
 }
+#: Bridge's settings that are used before Bridge could check them.
+_WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "rng.seed") + tuple(
+    f"model.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
+)
 #: Settings of the model section that are ours.
 _MODEL_SOURCE = ("hf", "config")
 #: What a run writes about itself beside its settings; a recipe that holds it can be used again.
@@ -138,16 +143,17 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not os.path.isfile(path):
         raise ConfigError(f"There is no recipe at {path}.")
     for override in overrides:
-        if "=" not in override or override.startswith("-"):
+        if "=" not in override or override.startswith(("-", "=")):
             raise ConfigError(f"{override} is not an override. Write section.key=value, such as orpo.beta=0.2.")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"The recipe {path} must be a mapping of sections, not a list. See recipes/.")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"The recipe {path} must be a mapping of sections, not {values!r}.")
-    return build_recipe(values)
+    return build_recipe(cast(dict[str, Any], values))
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -158,11 +164,13 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     for name, section in values.items():
         if name in _REPLACED_SECTIONS:
             raise ConfigError(f"The section {name} is not written in a recipe. {_REPLACED_SECTIONS[name]}")
-        if name in ours or name == RECORD or section is None:
+        if name in ours or name == RECORD:
             continue
         if name not in known:
             usable = [*ours, *(k for k in known if k not in _REPLACED_SECTIONS)]
             raise ConfigError(f"{name} is not a section of a recipe.{nearest(str(name), usable)}")
+        if section is None:
+            continue
         sections[name] = _checked_section(str(name), section, known[name])
     model = dict(sections.pop("model", {}))
     hf, hf_config = model.pop("hf", None), model.pop("config", None)
@@ -215,15 +223,14 @@ def _check_whole(recipe: Recipe) -> None:
     iters, epochs = recipe.setting("train.train_iters"), recipe.setting("train.num_epochs")
     if (iters is None) == (epochs is None):
         raise ConfigError("A recipe gives train.train_iters (steps) or train.num_epochs (passes over the pairs): one.")
-    for name, value in (("train.train_iters", iters), ("train.num_epochs", epochs)):
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
-            raise ConfigError(f"{name} ({value!r}) must be a number above 0.")
+    if epochs is not None and (type(epochs) not in (int, float) or not 0 < epochs < math.inf):
+        raise ConfigError(f"train.num_epochs ({epochs!r}) must be a number above 0.")
+    for name in _WHOLE_NUMBERS:
+        value = recipe.setting(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{name} ({value!r}) must be a whole number of at least 1.")
     if recipe.setting("validation.eval_interval") and recipe.data.eval is None:
         raise ConfigError("validation.eval_interval is set but data.eval is not: there is nothing to evaluate.")
-    for kind in ("tensor_model", "pipeline_model", "context", "expert_model"):
-        size = recipe.setting(f"model.{kind}_parallel_size", 1)
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"model.{kind}_parallel_size ({size!r}) must be a whole number of at least 1.")
     for name in ("model.context_parallel_size", "model.expert_model_parallel_size"):
         if recipe.setting(name, 1) != 1:
             raise ConfigError(f"{name} ({recipe.setting(name)}) must be 1: this version does not split that way.")

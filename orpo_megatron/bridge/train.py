@@ -32,9 +32,16 @@ from orpo_megatron.data.dataset import PackedRows
 
 
 def build(
-    recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, load_weights: bool
+    recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, load_weights: bool, here: bool = True
 ) -> tuple[Any, ConfigContainer]:
     """Builds what a run hands to Bridge.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        prepared: Data and plans.
+        load_weights: Whether weights come from Hugging Face.
+        here: Whether it shall run on this machine; otherwise it is meant for one with GPUs.
 
     Returns:
         The converter between Hugging Face and Megatron, and Bridge's configuration.
@@ -43,7 +50,8 @@ def build(
         ConfigError: If Bridge does not know the model, or a setting does not fit.
     """
     bridge = make_bridge(recipe, hf_config)
-    provider = make_provider(recipe, bridge, load_weights=load_weights)
+    frozen_base = bool(recipe.sections.get("peft"))  # Bridge loads it where it puts in the adapters
+    provider = make_provider(recipe, bridge, load_weights=load_weights and not frozen_base, here=here)
     steps, eval_plan = prepared.plan.num_steps, prepared.eval_plan
     return bridge, make_container(
         recipe, provider, make_dataset(recipe, prepared), num_steps=steps, eval_plan=eval_plan
@@ -59,7 +67,7 @@ def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
     Raises:
         ConfigError: Also for what Bridge finds.
     """
-    _, container = build(recipe, hf_config, prepared, load_weights=False)
+    _, container = build(recipe, hf_config, prepared, load_weights=False, here=False)
     try:
         runtime_config_update(container)
     except (AssertionError, ValueError) as error:

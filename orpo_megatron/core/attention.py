@@ -23,6 +23,12 @@ class PackedAttention(MegatronModule):
         """Takes the arguments that Megatron-Core gives every core attention; heads and sizes follow from the data."""
         super().__init__(config)
         self.scale: float | None = kwargs.get("softmax_scale")
+        self.window: int | None = config.window_size[0] + 1 if config.window_size else None
+        if getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise ValueError(
+                f"Attention with softmax_type {config.softmax_type} needs Transformer Engine: PackedAttention has the "
+                "plain softmax only. Install Transformer Engine and train on a GPU."
+            )
 
     def forward(
         self,
@@ -49,11 +55,16 @@ class PackedAttention(MegatronModule):
             Context, [t, heads/tp, dim].
 
         Raises:
-            ValueError: If the row is not packed.
+            ValueError: If the row is not packed, or a sequence is longer than the model's attention window.
         """
         if packed_seq_params is None:
             raise ValueError("PackedAttention needs packed_seq_params: it takes packed rows only.")
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        if self.window is not None and max(lengths) > self.window:
+            raise ValueError(
+                f"A sequence of {max(lengths)} tokens is longer than the model's attention window ({self.window}), "
+                "which needs Transformer Engine. Set data.max_length to at most the window, or train on a GPU."
+            )
         outputs = []
         for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
             # [length, heads, dim] -> [1, heads, length, dim]

@@ -134,7 +134,7 @@ class _Properties:
     """What Megatron reads from a device's properties."""
 
     name = "cpu"
-    major, minor = 8, 0
+    major, minor = 9, 0
     multi_processor_count = os.cpu_count() or 1
     total_memory = 0
 
@@ -150,7 +150,7 @@ def _redirect_cuda_runtime() -> None:
     answers: dict[str, Any] = {
         "current_device": constant(torch.device("cpu")),
         "device_count": constant(1),
-        "get_device_capability": constant((8, 0)),
+        "get_device_capability": constant((9, 0)),
         "get_device_name": constant("cpu"),
         "get_device_properties": constant(_Properties()),
         "is_current_stream_capturing": constant(False),
@@ -236,35 +236,44 @@ def _stand_in_for_gpu_packages() -> None:
     package.__path__ = []  # every other submodule is not found, as it should be
     sys.modules["nvidia_resiliency_ext"] = package
     sys.modules["nvidia_resiliency_ext.inprocess"] = _StandIn("nvidia_resiliency_ext.inprocess")
-    sys.meta_path.insert(0, _LoraLayersFinder())
+    sys.meta_path.insert(0, _AdapterImports())
 
 
-class _LoraLayersFinder(importlib.abc.MetaPathFinder):
-    """Loads ``megatron.bridge.peft.lora_layers`` with a stand-in for Transformer Engine in sight."""
+class _AdapterImports(importlib.abc.MetaPathFinder):
+    """Loads the modules of Bridge's adapters that take Transformer Engine to be there."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Finds that module alone."""
-        if fullname != "megatron.bridge.peft.lora_layers":
-            return None
-        import megatron.core.transformer.moe.moe_utils  # noqa: F401  (must not see the stand-in)
-
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is None or spec.loader is None:
-            return spec
-        load = spec.loader.exec_module
-        names = ("transformer_engine", "transformer_engine.pytorch")
-
-        def exec_module(module: types.ModuleType) -> None:
-            sys.modules.update({name: _StandIn(name) for name in names})
-            sys.modules[names[0]].pytorch = sys.modules[names[1]]  # type: ignore[attr-defined]
-            try:
-                load(module)
-            finally:
-                for name in names:
-                    del sys.modules[name]
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        """Finds these modules alone."""
+        load = {
+            "megatron.bridge.peft.lora_layers": _load_beside_stand_in,
+            "megatron.bridge.peft.module_matcher": _load_and_correct,
+            "megatron.bridge.peft.utils": _load_and_correct,
+        }.get(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if load else None
+        if load and spec and spec.loader:
+            spec.loader.exec_module = functools.partial(load, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
+
+
+def _load_beside_stand_in(load: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+    """Loads a module that imports Transformer Engine whether it is there or not."""
+    import megatron.core.transformer.moe.moe_utils  # noqa: F401  (the module imports it and must not spread the stand-in)
+
+    names = ("transformer_engine", "transformer_engine.pytorch")
+    sys.modules.update({name: _StandIn(name) for name in names})
+    sys.modules[names[0]].pytorch = sys.modules[names[1]]  # type: ignore[attr-defined]
+    try:
+        load(module)
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def _load_and_correct(load: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+    """Loads a module that mistakes Megatron-Core's placeholders for Transformer Engine's classes."""
+    load(module)
+    for name in [name for name in vars(module) if name.startswith("HAVE_TE")]:
+        setattr(module, name, False)
 
 
 def _redirect_megatron() -> None:

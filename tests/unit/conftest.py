@@ -1,0 +1,32 @@
+"""Megatron on the CPU of the test process itself: imported once, with a process group of one rank."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+
+@pytest.fixture(scope="session")
+def megatron_on_cpu() -> None:
+    """Makes Megatron importable; takes some seconds, and PyTorch stays redirected for the tests that follow."""
+    pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
+    from orpo_megatron import cpu
+
+    if not cpu.activate():
+        pytest.skip("PyTorch sees a GPU here, so Megatron cannot be moved to the CPU")
+
+
+@pytest.fixture(scope="session")
+def one_rank(megatron_on_cpu: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Starts a process group and Megatron's parallel state, both of this process alone."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
