@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.peft.lora import LoRA
@@ -14,7 +15,6 @@ from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, Mi
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from torch.utils.data import Dataset
 
-from orpo_megatron import cpu
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.apply import apply_settings, build_settings
 from orpo_megatron.bridge.prepare import model_source
@@ -104,7 +104,7 @@ def make_container(
         values = {k: v for k, v in given.get(name, {}).items() if (name, k) != ("train", "num_epochs")}
         return build_settings(cls, values, name, **defaults)
 
-    backend = "gloo" if cpu.is_active() else "nccl"
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     weight_decay = recipe.setting("optimizer.weight_decay", 0.0)
     return ConfigContainer(
         model=provider,

@@ -14,7 +14,6 @@ from megatron.bridge.training.model_load_save import (
 )
 from transformers import GenerationConfig, PretrainedConfig
 
-from orpo_megatron import cpu
 from orpo_megatron.bridge.model import fit_to_machine, make_bridge, set_dtype
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
@@ -83,7 +82,9 @@ def load_checkpoint_model(folder: Path) -> list[torch.nn.Module]:
     provider.perform_initialization = False
     provider.variable_seq_lengths = False
     fit_to_machine(provider)
-    model = build_and_load_model(str(folder), provider, None, megatron_args, use_cpu_init=cpu.is_active())
+    model = build_and_load_model(
+        str(folder), provider, None, megatron_args, use_cpu_init=not torch.cuda.is_available()
+    )
     return model if isinstance(model, list) else [model]
 
 
@@ -100,8 +101,11 @@ def import_checkpoint(model: str, folder: Path) -> None:
     set_dtype(provider, torch.float32)
     fit_to_machine(provider)
     provider.finalize()
-    with temporary_distributed_context("gloo" if cpu.is_active() else "nccl"):
-        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=cpu.is_active())
+    on_cpu = not torch.cuda.is_available()
+    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
+        chunks = provider.provide_distributed_model(
+            wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available()
+        )
         bridge.save_megatron_model(chunks, folder)
 
 
@@ -115,7 +119,7 @@ def export_checkpoint(recipe: Recipe, hf_config: PretrainedConfig, checkpoint: P
         folder: Where to write.
     """
     bridge = make_bridge(recipe, hf_config)
-    with temporary_distributed_context("gloo" if cpu.is_active() else "nccl"):
+    with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
         model = load_checkpoint_model(checkpoint_folder(checkpoint))
         write_artifacts(recipe, bridge, folder)
         bridge.save_hf_weights(model, folder, show_progress=False)

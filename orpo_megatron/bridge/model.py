@@ -11,7 +11,6 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from transformers import PretrainedConfig
 
-from orpo_megatron import cpu
 from orpo_megatron.bridge.apply import apply_settings
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
@@ -84,7 +83,7 @@ def set_dtype(provider: GPTModelProvider, dtype: torch.dtype) -> None:
 
 def fit_to_machine(provider: GPTModelProvider) -> None:
     """Takes Megatron-Core's local layers and no fused kernels where there is no Transformer Engine or no GPU."""
-    if HAVE_TE and not cpu.is_active():
+    if HAVE_TE and torch.cuda.is_available():
         return
     provider.transformer_layer_spec = packed_local_layer_spec
     for fusion in (
@@ -96,4 +95,4 @@ def fit_to_machine(provider: GPTModelProvider) -> None:
         "persist_layer_norm",
     ):
         setattr(provider, fusion, False)
-    provider.use_cpu_initialization = cpu.is_active()
+    provider.use_cpu_initialization = not torch.cuda.is_available()

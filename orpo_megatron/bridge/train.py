@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import signal
@@ -10,14 +9,12 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.bridge.training import setup
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
 
-from orpo_megatron import cpu
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
 from orpo_megatron.bridge.convert import write_artifacts
@@ -98,7 +95,6 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         recipe.run.progress,
         (lambda model: export(recipe, bridge, model)) if recipe.run.export else None,
     )
-    _allow_cpu()
     # Bridge saves and stops on SIGTERM; Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -122,7 +118,7 @@ def make_dataset(recipe: Recipe, prepared: Prepared) -> PreferenceData:
         seq_length=recipe.data.row_budget,
         rows_per_step=prepared.plan.rows_per_step,
         content_hash=prepared.store.content_hash,
-        pin_memory=not cpu.is_active(),
+        pin_memory=torch.cuda.is_available(),
     )
     return dataset.attach(RowStream(PackedRows(prepared.store, prepared.plan, pad)), valid)
 
@@ -137,9 +133,3 @@ def export(recipe: Recipe, bridge: Any, model: list[torch.nn.Module]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         write_artifacts(recipe, bridge, folder)
     bridge.save_hf_weights(model, folder, show_progress=False)
-
-
-def _allow_cpu() -> None:
-    """Lets Bridge's set-up pass its one check for CUDA where the CPU stands in for it."""
-    if cpu.is_active() and not isinstance(setup.initialize_megatron, functools.partial):
-        setup.initialize_megatron = functools.partial(setup.initialize_megatron, allow_no_cuda=True)

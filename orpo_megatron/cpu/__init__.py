@@ -236,11 +236,11 @@ def _stand_in_for_gpu_packages() -> None:
     package.__path__ = []  # every other submodule is not found, as it should be
     sys.modules["nvidia_resiliency_ext"] = package
     sys.modules["nvidia_resiliency_ext.inprocess"] = _StandIn("nvidia_resiliency_ext.inprocess")
-    sys.meta_path.insert(0, _AdapterImports())
+    sys.meta_path.insert(0, _BridgeImports())
 
 
-class _AdapterImports(importlib.abc.MetaPathFinder):
-    """Loads the modules of Bridge's adapters that take Transformer Engine to be there."""
+class _BridgeImports(importlib.abc.MetaPathFinder):
+    """Loads the few modules of Bridge that take a GPU or Transformer Engine to be there."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """Finds these modules alone."""
@@ -248,6 +248,7 @@ class _AdapterImports(importlib.abc.MetaPathFinder):
             "megatron.bridge.peft.lora_layers": _load_beside_stand_in,
             "megatron.bridge.peft.module_matcher": _load_and_correct,
             "megatron.bridge.peft.utils": _load_and_correct,
+            "megatron.bridge.training.setup": _load_and_allow_cpu,
         }.get(fullname)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path) if load else None
         if load and spec and spec.loader:
@@ -274,6 +275,14 @@ def _load_and_correct(load: Callable[[types.ModuleType], None], module: types.Mo
     load(module)
     for name in [name for name in vars(module) if name.startswith("HAVE_TE")]:
         setattr(module, name, False)
+
+
+def _load_and_allow_cpu(load: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+    """Lets Bridge's set-up pass its one assertion that CUDA is there."""
+    load(module)
+    module.initialize_megatron = functools.partial(  # type: ignore[attr-defined]
+        module.initialize_megatron, allow_no_cuda=True
+    )
 
 
 def _redirect_megatron() -> None:
