@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from tqdm import tqdm
 
@@ -72,8 +72,9 @@ class Progress:
 
     def __init__(self, mode: str, first_step: int, num_steps: int, stream: TextIO | None = None) -> None:
         """Starts at ``first_step`` of ``num_steps``; ``mode`` is ``run.progress``."""
-        self.stream = stream or sys.__stderr__
-        is_terminal = self.stream is not None and self.stream.isatty()
+        self.stream = stream or cast(TextIO, sys.__stderr__)
+        # A terminal without a width, as some containers give, would show an empty bar.
+        is_terminal = self.stream.isatty() and os.get_terminal_size(self.stream.fileno()).columns > 0
         self.quiet = mode == "none"
         self.plain = mode == "plain" or (mode == "auto" and not is_terminal)
         self.first_step, self.num_steps = first_step, num_steps
@@ -86,13 +87,13 @@ class Progress:
             file=self.stream,
             unit="step",
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",  # fits 80 columns
         )
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows a finished step."""
         figures = (
-            f"loss {metrics['loss']:.4f}  margin {metrics['logps/margins']:+.3f}  "
+            f"loss {metrics['loss']:.3f}  margin {metrics['logps/margins']:+.3f}  "
             f"accuracy {metrics['rewards/accuracies']:.2f}  {metrics['tokens'] / metrics['seconds']:,.0f} tok/s"
         )
         if not self.bar.disable:

@@ -1,14 +1,18 @@
 """What a terminal shows and what goes to the log file."""
 
+import fcntl
 import io
 import json
 import logging
 import os
 import re
+import struct
+import subprocess
 import sys
+import termios
+import textwrap
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from orpo_megatron import console
 from orpo_megatron.console import Progress, logged_to, rank, say, tell_torchrun
 
 FIGURES = {"loss": 1.23456, "logps/margins": -0.25, "rewards/accuracies": 0.5, "tokens": 6000, "seconds": 2.0}
-IN_WORDS = "loss 1.2346  margin -0.250  accuracy 0.50  3,000 tok/s"
+IN_WORDS = "loss 1.235  margin -0.250  accuracy 0.50  3,000 tok/s"
 
 
 def run_steps(progress: Progress, monkeypatch: pytest.MonkeyPatch, seconds_per_step: float, last: int) -> None:
@@ -60,8 +64,19 @@ def test_none_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == ""
 
 
+def test_a_terminal_without_a_width_gets_plain_lines() -> None:
+    leader, follower = os.openpty()  # 0 columns
+    with os.fdopen(follower, "w") as terminal:
+        progress = Progress("auto", 0, 4, terminal)
+        progress.step(1, FIGURES)
+        terminal.flush()
+        assert os.read(leader, 4096).decode().startswith(f"step 1/4  {IN_WORDS}")
+    os.close(leader)
+
+
 def test_a_terminal_shows_one_bar_with_the_figures_and_the_time_left() -> None:
     leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # 24 lines of 80 columns
     seen = bytearray()
 
     def read() -> None:
@@ -84,49 +99,47 @@ def test_a_terminal_shows_one_bar_with_the_figures_and_the_time_left() -> None:
     reader.join(timeout=5)
     os.close(leader)
     text = seen.decode()
-    states = [part.strip() for part in re.split(r"[\r\n]+", text) if "%|" in part]
-    for count, share in ((2, "50%"), (3, "75%"), (4, "100%")):
-        drawn = [state for state in states if f" {count}/4 [" in state and IN_WORDS in state]
-        assert drawn and all(state.startswith(share) and re.search(r"\[00:00<00:00\b", state) for state in drawn)
+    states = re.split(r"[\r\n]+", text)
+    for count in (2, 3, 4):
+        drawn = [state for state in states if state.startswith(f"{count}/4 |")]
+        assert drawn and all(state.endswith(f"| 00:00 left, {IN_WORDS}") for state in drawn)
     assert text.count("evaluation at step 3: loss 1.2346  margin -0.250  accuracy 0.500") == 1
     assert "step 2/4" not in text  # no plain lines beside the bar
 
 
-def test_logged_to_moves_prints_warnings_and_old_and_new_log_handlers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(sys, "__stderr__", terminal)
-    logger = logging.getLogger("test_console.old")
-    logger.propagate = False
-    old = logging.StreamHandler(terminal)  # as a library that took hold of the real stream at import
-    logger.addHandler(old)
-    new_logger = logging.getLogger("test_console.new")
-    new_logger.propagate = False
+LOGGED = """
+    import logging, pathlib, sys, warnings
+    from orpo_megatron.console import logged_to, say
+
+    old, new = logging.getLogger("old"), logging.getLogger("new")
+    old.addHandler(logging.StreamHandler(sys.__stderr__))  # as a library that takes hold of the stream at import
+    print("before")
+    with logged_to(pathlib.Path(sys.argv[1])):
+        print("a print")
+        old.warning("an old handler")
+        new.addHandler(logging.StreamHandler())
+        warnings.warn("a warning")
+        say("for the terminal")
+    print("after")
+    old.warning("an old handler, after")
+    new.warning("a new handler, after")
+    sys.exit("at the end")
+"""
+
+
+def test_logged_to_moves_prints_warnings_and_old_and_new_log_handlers(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "rank_0.txt"
-    stdout, stderr = sys.stdout, sys.stderr
-    try:
-        with logged_to(path):
-            print("a print")
-            logger.warning("an old handler")
-            new = logging.StreamHandler()
-            new_logger.addHandler(new)
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                warnings.showwarning = warnings._showwarning_orig  # type: ignore[attr-defined]  # not pytest's
-                warnings.warn("a warning", stacklevel=1)
-            say("for the terminal")
-        logger.warning("after")
-        new_logger.warning("a handler made inside goes on")
-    finally:
-        logger.removeHandler(old)
-        new_logger.handlers.clear()
-    assert (sys.stdout, sys.stderr, old.stream) == (stdout, stderr, terminal)
-    assert terminal.getvalue() == "for the terminal\nafter\n"
-    text = path.read_text()
-    for part in ("a print\n", "an old handler\n", "UserWarning: a warning\n", "a handler made inside goes on\n"):
-        assert part in text
-    new.stream.close()
+    command = [sys.executable, "-c", textwrap.dedent(LOGGED), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "before\nafter\n"
+    assert done.stderr == "for the terminal\nan old handler, after\nat the end\n"
+    lines = path.read_text().splitlines()
+    assert ["UserWarning: a warning" in line for line in lines].count(True) == 1
+    assert [line for line in lines if "UserWarning" not in line] == [
+        "a print",
+        "an old handler",
+        "a new handler, after",
+    ]
 
 
 def test_logged_to_restores_everything_after_an_error_and_appends(tmp_path: Path) -> None:
@@ -159,7 +172,7 @@ def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torchrun_finds_the_message_where_it_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
@@ -168,7 +181,7 @@ def test_torchrun_finds_the_message_where_it_looks(tmp_path: Path, monkeypatch: 
     message = json.loads(path.read_text())["message"]
     assert message["message"] == "orpo.bta is not a setting — \"β\".\nDid you mean 'beta'?"
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
-    assert failure.message == message["message"]
+    assert message["message"] in str(ChildFailedError("train", {0: failure})).replace("\n  ", "\n")
     assert before <= failure.timestamp <= time.time()
 
 

@@ -1,0 +1,161 @@
+"""Starts the documented commands in processes of their own, reads what they leave behind, and compares runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = REPO / "recipes" / "tiny_cpu.yaml"
+TIMEOUT = 300.0
+
+#: Metrics that are counts or follow from the plan: equal, not merely close.
+COUNTED = ("step", "tokens", "pairs", "learning_rate", "rewards/accuracies", "capped_pairs")
+#: Differences of log-probs, which may be near 0 themselves: measured against the larger log-prob.
+DIFFERENCES = ("logps/margins", "log_odds_chosen")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit status, and what it printed to both of its streams."""
+
+    code: int
+    output: str
+
+
+class Command:
+    """A running command in a session of its own, as a terminal or a scheduler would start it."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        """Starts ``python arguments`` in the repository, offline, on the CPU, one thread a process."""
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.log = log
+        with log.open("w", encoding="utf-8") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=REPO,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def output(self) -> str:
+        """Returns what the command and its children have printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout: float = TIMEOUT) -> Outcome:
+        """Waits for the end; kills the command with all its children if that takes too long."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"Not done after {timeout:.0f} s:\n{self.output()}") from None
+        return Outcome(code, self.output())
+
+    def kill(self) -> None:
+        """Kills the command and all its children; torchrun puts each worker into a session of its own."""
+        family = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
+        for process in family:
+            process.kill()
+        self.process.wait()
+        psutil.wait_procs(family[:-1], timeout=30)
+
+    def interrupt(self) -> None:
+        """Does what Ctrl-C in a terminal does: SIGINT to the foreground process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def terminate(self) -> None:
+        """Does what a scheduler does: SIGTERM to the process that it started, here torchrun."""
+        self.process.terminate()
+
+    def wait_for(self, metrics: Path, step: int, name: str, timeout: float = TIMEOUT) -> None:
+        """Waits until the metrics file holds ``name`` of a step, or raises if the command ends before."""
+        end = time.monotonic() + timeout
+        while not any(r["step"] >= step and name in r for r in read_metrics(metrics.parent)):
+            if self.process.poll() is not None or time.monotonic() > end:
+                if self.process.poll() is None:
+                    self.kill()
+                raise AssertionError(f"Step {step} was not reached:\n{self.output()}")
+            time.sleep(0.02)
+
+
+def training(*arguments: str, processes: int | None = None) -> list[str]:
+    """Returns the arguments that train: under torchrun, or as the one plain process if ``processes`` is None."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    return [*torchrun, "-m", "orpo_megatron.train", *arguments]
+
+
+def run(arguments: list[str], log: Path, timeout: float = TIMEOUT) -> Outcome:
+    """Runs a command to its end."""
+    return Command(arguments, log).wait(timeout)
+
+
+def succeed(arguments: list[str], log: Path, timeout: float = TIMEOUT) -> str:
+    """Runs a command that must succeed; returns what it printed."""
+    outcome = run(arguments, log, timeout)
+    assert outcome.code == 0, outcome.output
+    return outcome.output
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Reads the complete lines of a run's metrics; none where there is no file yet."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns metrics without the one figure that differs from run to run."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def latest_checkpoint(run_dir: Path) -> int:
+    """Returns the step of the latest complete checkpoint."""
+    return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+
+
+def worst_errors(reference: list[dict[str, Any]], other: list[dict[str, Any]], beta: float) -> dict[str, float]:
+    """Compares two runs line by line.
+
+    Args:
+        reference: Metrics of the run that is right.
+        other: Metrics of the run in question.
+        beta: Weight of the odds-ratio loss, which scales rewards.
+
+    Returns:
+        The largest error of each metric over all lines: 0 or infinity for counts, relative to the larger log-prob
+        for differences of log-probs, else relative to the value itself.
+    """
+    assert [sorted(record) for record in other] == [sorted(record) for record in reference]
+    worst: dict[str, float] = {}
+    for right, record in zip(timeless(reference), timeless(other), strict=True):
+        for key, value in right.items():
+            name = key.removeprefix("eval_")
+            prefix = key.removesuffix(name)
+            if name in COUNTED:
+                error = 0.0 if record[key] == value else math.inf
+            else:
+                scale = abs(value)
+                if name in DIFFERENCES or name == "rewards/margins":
+                    scale = max(abs(right[f"{prefix}logps/{side}"]) for side in ("chosen", "rejected"))
+                    scale *= beta if name == "rewards/margins" else 1.0
+                error = abs(record[key] - value) / scale
+            # A NaN is no number to be close to, and max() would lose it.
+            worst[key] = max(worst.get(key, 0.0), math.inf if math.isnan(error) else error)
+    return worst
