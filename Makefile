@@ -47,7 +47,7 @@ types: $(STAMP)  ## types
 	$(PY) -m mypy
 
 unit: $(STAMP)  ## tests only
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 demo: $(STAMP)  ## train SmolLM2-135M on two CPU processes and show what changed
 	$(PY) tools/demo.py

@@ -19,6 +19,12 @@ REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "recipes" / "tiny_cpu.yaml"
 TIMEOUT = 300.0
 
+BETA = 0.1
+STEPS, EVAL_INTERVAL, SAVE_INTERVAL = 10, 5, 4
+# An epoch of 25 pairs ends in a step of a single one, which leaves most rows without any.
+TRAIN_PAIRS, EVAL_PAIRS, PAIRS_PER_STEP = 25, 10, 6
+PAIRS_OF_STEPS = [6, 6, 6, 6, 1] * 2
+
 #: Metrics that are counts or follow from the plan: equal, not merely close.
 COUNTED = ("step", "tokens", "pairs", "learning_rate", "rewards/accuracies", "capped_pairs")
 #: Differences of log-probs, which may be near 0 themselves: measured against the larger log-prob.
@@ -68,6 +74,12 @@ class Command:
             raise AssertionError(f"Not done after {timeout:.0f} s:\n{self.output()}") from None
         return Outcome(code, self.output())
 
+    def succeed(self) -> str:
+        """Waits for the end, which must be a good one; returns what was printed."""
+        outcome = self.wait()
+        assert outcome.code == 0, outcome.output
+        return outcome.output
+
     def kill(self) -> None:
         """Kills the command and all its children; torchrun puts each worker into a session of its own."""
         family = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
@@ -84,33 +96,64 @@ class Command:
         """Does what a scheduler does: SIGTERM to the process that it started, here torchrun."""
         self.process.terminate()
 
-    def wait_for(self, metrics: Path, step: int, name: str, timeout: float = TIMEOUT) -> None:
-        """Waits until the metrics file holds ``name`` of a step, or raises if the command ends before."""
-        end = time.monotonic() + timeout
-        while not any(r["step"] >= step and name in r for r in read_metrics(metrics.parent)):
-            if self.process.poll() is not None or time.monotonic() > end:
-                if self.process.poll() is None:
-                    self.kill()
-                raise AssertionError(f"Step {step} was not reached:\n{self.output()}")
+    def wait_for(self, run_dir: Path, step: int, name: str = "loss") -> None:
+        """Waits until the run's metrics hold ``name`` of a step."""
+        end = time.monotonic() + TIMEOUT
+        while not any(record["step"] == step and name in record for record in read_metrics(run_dir)):
+            if self.process.poll() is not None:
+                raise AssertionError(f"The command ended before step {step}:\n{self.output()}")
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"Step {step} was not reached in {TIMEOUT:.0f} s:\n{self.output()}")
             time.sleep(0.02)
 
 
-def training(*arguments: str, processes: int | None = None) -> list[str]:
-    """Returns the arguments that train: under torchrun, or as the one plain process if ``processes`` is None."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    return [*torchrun, "-m", "orpo_megatron.train", *arguments]
+@dataclass(frozen=True)
+class TinyRecipe:
+    """The tiny recipe on a few pairs of the demo, with what all runs of it share.
 
+    Attributes:
+        cache_dir: Where tokenised data and the random model lie.
+        train_file: The training pairs.
+        eval_file: The held-out pairs.
+        logs: Where commands print to.
+    """
 
-def run(arguments: list[str], log: Path, timeout: float = TIMEOUT) -> Outcome:
-    """Runs a command to its end."""
-    return Command(arguments, log).wait(timeout)
+    cache_dir: Path
+    train_file: Path
+    eval_file: Path
+    logs: Path
 
+    def arguments(self, run_dir: Path, *overrides: str) -> list[str]:
+        """Returns the recipe and its overrides as the command line takes them."""
+        return [
+            str(TINY),
+            f"run.dir={run_dir}",
+            f"run.cache_dir={self.cache_dir}",
+            f"data.train={self.train_file}",
+            f"data.eval={self.eval_file}",
+            f"data.pairs_per_step={PAIRS_PER_STEP}",
+            f"orpo.beta={BETA}",
+            f"train.train_iters={STEPS}",
+            f"validation.eval_interval={EVAL_INTERVAL}",
+            f"checkpoint.save_interval={SAVE_INTERVAL}",
+            *overrides,
+        ]
 
-def succeed(arguments: list[str], log: Path, timeout: float = TIMEOUT) -> str:
-    """Runs a command that must succeed; returns what it printed."""
-    outcome = run(arguments, log, timeout)
-    assert outcome.code == 0, outcome.output
-    return outcome.output
+    def start(self, run_dir: Path, *overrides: str, processes: int | None = None) -> Command:
+        """Starts training: under torchrun, or as the one plain process if ``processes`` is None."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return self.command(
+            *(torchrun if processes else []), "-m", "orpo_megatron.train", *self.arguments(run_dir, *overrides)
+        )
+
+    def train(self, run_dir: Path, *overrides: str, processes: int | None = None) -> str:
+        """Trains to the end; returns what was printed."""
+        return self.start(run_dir, *overrides, processes=processes).succeed()
+
+    def command(self, *arguments: str) -> Command:
+        """Starts ``python arguments``, its output in a new file."""
+        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ def make_container(
             bridge_config.CheckpointConfig,
             save=str(run_dir / CHECKPOINTS),
             load=str(run_dir / CHECKPOINTS),
-            save_interval=num_steps,
+            save_interval=min(num_steps, 500),
             # LoRA loads its frozen base model by itself, before the adapters are put in.
             **({"pretrained_checkpoint": model_source(recipe)} if given.get("peft") else {}),
         ),

@@ -52,6 +52,7 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.hidden_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
     "model.attention_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
     "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
+    "model.should_pad_vocab": (False, "padding of the vocabulary would take part in the softmax"),
 }
 #: Bridge's settings that are used before Bridge could check them.
 _WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "rng.seed") + tuple(

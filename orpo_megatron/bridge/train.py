@@ -85,7 +85,7 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         True if training reached its last step, False if a signal stopped it after saving a checkpoint.
 
     Raises:
-        ConfigError: If Bridge does not know the model, or a setting does not fit.
+        ConfigError: If Bridge does not know the model, a setting does not fit, or a checkpoint cannot be loaded.
     """
     resuming = latest_step(recipe.run_dir) > 0
     bridge, container = build(recipe, hf_config, prepared, load_weights=not resuming)
@@ -99,8 +99,13 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         pretrain(container, make_forward_step(recipe.orpo, get_num_microbatches), callbacks=[monitor])
-    except SystemExit:
-        pass  # Bridge leaves its loop this way after a signal, its checkpoint saved
+    except SystemExit as error:
+        # Status 0 is how Bridge leaves its loop after a signal, its checkpoint saved; it also ends this way when
+        # it cannot go on, and has then only logged why.
+        if error.code != 0:
+            raise ConfigError(
+                f"Megatron-Bridge gave up. The end of {recipe.run_dir / 'logs' / f'rank_{rank()}.txt'} says why."
+            ) from error
     finally:
         monitor.close()
     return monitor.finished

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import os
 import sys
 import types
@@ -182,13 +183,14 @@ def _redirect_distributed() -> None:
     import torch.distributed as dist
 
     def over_gloo(function: Callable[..., Any], forced: bool) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
-            if forced or kwargs.get("backend") == "nccl":
-                kwargs["backend"] = "gloo"
-            for option in ("pg_options", "device_id"):
-                kwargs.pop(option, None)
-            return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            if forced or given.get("backend") == "nccl":
+                given["backend"] = "gloo"
+            return function(**{k: v for k, v in given.items() if k not in ("pg_options", "device_id")})
 
         return on_cpu
 
@@ -290,15 +292,51 @@ def _redirect_megatron() -> None:
     import megatron.core.datasets.utils
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     # The wheel ships the compiled index helper; do not run make in site-packages.
     megatron.core.datasets.utils.compile_helpers = lambda: None
-    # The tracker forks CUDA generators for dropout and for GPU initialisation; neither happens here.
+    # The tracker forks CUDA generators for dropout and for GPU initialisation; neither happens here. But it keeps a
+    # state under each name, since Bridge does not resume from a checkpoint without any.
     random.CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
-    random.CudaRNGStatesTracker.add = lambda self, name, seed: None
+    random.CudaRNGStatesTracker.add = lambda self, name, seed: self.states_.setdefault(name, torch.get_rng_state())
     # Megatron's fallback takes torch.norm of each gradient, which adds up in fp32 on a CPU: 2e-4 off for an embedding,
     # and differently off for each shard of it.
     clip_grads.l2_norm_impl = _l2_norm
+    _mend_adam_checkpoints(DistributedOptimizer)
+
+
+def _mend_adam_checkpoints(cls: Any) -> None:
+    """Lets a run resume with PyTorch's Adam, which Megatron-Core takes where there are no fused ones.
+
+    Its distributed optimizer reads ``step`` from a state that does not exist before the first step, so that loading
+    fails; then it puts one tensor for all parameters in, which each of them would count up; and overwrites it with
+    the placeholder that loading began with.
+    """
+    import torch
+
+    describe, load = cls.sharded_state_dict, cls.load_state_dict
+
+    def set_step(optimizer: torch.optim.Optimizer, step: float) -> None:
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+
+    @functools.wraps(describe)
+    def sharded_state_dict(
+        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading:
+            self.init_state_fn(self.optimizer, self.config)
+            set_step(self.optimizer, 0)
+        return describe(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        set_step(self.optimizer, state_dict["optimizer"]["param_groups"][0]["step"])
+
+    cls.sharded_state_dict, cls.load_state_dict = sharded_state_dict, load_state_dict
 
 
 def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per_tensor: bool) -> tuple[Any, None]:

@@ -1,0 +1,112 @@
+"""Attention within packed sequences against one masked softmax over the whole row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+LENGTHS = (5, 1, 9)
+HEADS, GROUPS, DIM = 6, 2, 4
+
+
+def make_attention(scale: float | None = None, **config: Any) -> torch.nn.Module:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from orpo_megatron.core.attention import PackedAttention
+
+    settings = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, **config
+    )
+    return PackedAttention(settings, 1, softmax_scale=scale)
+
+
+def packed(lengths: tuple[int, ...] = LENGTHS) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+
+
+def row(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """Returns query, key and value of a row, of normal numbers that fp32 holds."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(sum(LENGTHS), heads, DIM) for heads in (HEADS, GROUPS, GROUPS)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def masked_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attends over the whole row at once, with a mask that allows the own sequence up to the own place."""
+    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    place = torch.arange(len(sequence))
+    allowed = (sequence[:, None] == sequence) & (place[:, None] >= place)
+    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))  # head h reads group h // 3
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_values_and_gradients_are_those_of_a_masked_softmax(
+    megatron_on_cpu: None, dtype: torch.dtype, tolerance: float, scale: float | None
+) -> None:
+    inputs, reference_inputs = row(dtype), row(torch.float64)
+    output = make_attention(scale)(*inputs, None, packed_seq_params=packed())
+    reference = masked_softmax(*reference_inputs, scale=DIM**-0.5 if scale is None else scale)
+    assert output.shape == (sum(LENGTHS), HEADS, DIM) and output.dtype == dtype
+    torch.testing.assert_close(output.double(), reference, rtol=0, atol=tolerance)
+    upstream = torch.randn(reference.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(output, inputs, upstream.to(dtype))
+    for ours, theirs in zip(gradients, torch.autograd.grad(reference, reference_inputs, upstream), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_another_sequence_does_not_show_in_a_single_bit(megatron_on_cpu: None) -> None:
+    inputs = [x.detach() for x in row(torch.float32)]
+    others = [x.detach() for x in row(torch.float32, seed=7)]
+    changed = [x.clone() for x in inputs]
+    for mine, other in zip(changed, others, strict=True):
+        mine[:5], mine[6:] = other[:5] * 100, other[6:] * 100
+    attention = make_attention()
+    before, after = (attention(*x, None, packed_seq_params=packed()) for x in (inputs, changed))
+    assert torch.equal(before[5:6], after[5:6])
+    assert not torch.equal(before[:5], after[:5]) and not torch.equal(before[6:], after[6:])
+
+
+def test_a_later_token_does_not_show_in_earlier_ones(megatron_on_cpu: None) -> None:
+    inputs = [x.detach() for x in row(torch.float32)]
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[10] += 1.0
+    attention = make_attention()
+    before, after = (attention(*x, None, packed_seq_params=packed()) for x in (inputs, changed))
+    same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert same == [True] * 10 + [False] * 5
+
+
+def test_a_row_that_is_not_packed_is_refused(megatron_on_cpu: None) -> None:
+    with pytest.raises(ValueError, match="PackedAttention needs packed_seq_params: it takes packed rows only."):
+        make_attention()(*row(torch.float32), None)
+
+
+def test_a_window_shorter_than_a_sequence_is_refused(megatron_on_cpu: None) -> None:
+    inputs = row(torch.float32)
+    wide = make_attention(window_size=(8, 0))(*inputs, None, packed_seq_params=packed())  # 9 tokens see one another
+    assert torch.equal(wide, make_attention()(*inputs, None, packed_seq_params=packed()))
+    with pytest.raises(ValueError, match=r"A sequence of 9 tokens is longer than the model's attention window \(8\)"):
+        make_attention(window_size=(7, 0))(*inputs, None, packed_seq_params=packed())
+
+
+def test_the_layer_specification_is_importable_and_has_packed_attention(megatron_on_cpu: None) -> None:
+    import pickle
+
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from orpo_megatron.core.attention import PackedAttention, packed_local_layer_spec
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm")
+    spec = packed_local_layer_spec(config)
+    assert spec.submodules.self_attention.submodules.core_attention is PackedAttention
+    assert pickle.loads(pickle.dumps(packed_local_layer_spec)) is packed_local_layer_spec
