@@ -71,7 +71,7 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
         _announce(recipe, prepared, step, world_size)
     if not _train(recipe, hf_config, prepared):
         say(
-            f"Stopped at step {rundir.latest_step(run_dir)} of {steps} by a signal. The checkpoint is saved in "
+            f"Stopped at step {rundir.latest_step(run_dir)} of {steps} as asked. The checkpoint is saved in "
             f"{run_dir / rundir.CHECKPOINTS}; the same command goes on from there."
         )
         return EXIT_STOPPED

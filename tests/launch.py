@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "recipes" / "tiny_cpu.yaml"
@@ -82,11 +83,13 @@ class Command:
 
     def kill(self) -> None:
         """Kills the command and all its children; torchrun puts each worker into a session of its own."""
-        family = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
-        for process in family:
-            process.kill()
+        workers = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()  # first, so that it does not end its workers in its own way
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
         self.process.wait()
-        psutil.wait_procs(family[:-1], timeout=30)
+        psutil.wait_procs(workers, timeout=30)
 
     def interrupt(self) -> None:
         """Does what Ctrl-C in a terminal does: SIGINT to the foreground process group."""

@@ -67,6 +67,8 @@ def make_provider(
                 "model.sequence_parallel (true) needs Transformer Engine, which this machine has not: Megatron-Core's "
                 "local norms do not split sequences. Set it to false."
             )
+    elif not HAVE_TE:
+        provider.apply_rope_fusion = False  # Megatron-Core refuses even to describe it without Transformer Engine
     return apply_settings(provider, recipe.sections["model"], "model")
 
 

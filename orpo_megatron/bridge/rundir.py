@@ -24,7 +24,8 @@ _FREE_SECTIONS = {"run", "logger", "checkpoint", "dist", "ddp", "profiling", "st
 }  # fmt: skip
 #: The training data is compared by content, not by name.
 _FREE_DATA = {"train", "eval", "eval_split", "num_workers", "max_bad_rows", "rows_per_step", "max_tokens_per_row"}
-_FREE_TRAIN = {"train_iters", "num_epochs"}  # compared as the number of steps
+# The first two are compared as the number of steps, the others only interrupt a run.
+_FREE_TRAIN = {"train_iters", "num_epochs", "exit_interval", "exit_duration_in_mins"}
 
 
 def latest_step(run_dir: Path) -> int:

@@ -88,7 +88,8 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         ConfigError: If Bridge does not know the model, a setting does not fit, or a checkpoint cannot be loaded.
     """
     resuming = latest_step(recipe.run_dir) > 0
-    bridge, container = build(recipe, hf_config, prepared, load_weights=not resuming)
+    from_checkpoint = resuming or recipe.setting("checkpoint.pretrained_checkpoint") is not None
+    bridge, container = build(recipe, hf_config, prepared, load_weights=not from_checkpoint)
     monitor = RunMonitor(
         recipe.run_dir,
         prepared.plan,

@@ -84,6 +84,8 @@ def _redirect_devices() -> None:
 
         return on_cpu
 
+    with torch.device("meta"):
+        torch.empty(0)  # such a context knows the factories by identity, from its first use on: that has to be now
     for name in _FACTORIES:
         setattr(torch, name, factory(getattr(torch, name)))
     for owner in (torch.Tensor, torch.nn.Module):

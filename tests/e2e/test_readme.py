@@ -110,7 +110,11 @@ def test_mistral_recipe(tiny: TinyRecipe, tmp_path: Path) -> None:
     """The recipe for GPUs, dry, on eight simulated ranks, with a small model of its kind and data that is here."""
     MistralForCausalLM(
         MistralConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             vocab_size=49152,
         )  # fmt: skip
     ).save_pretrained(tmp_path / "mistral")

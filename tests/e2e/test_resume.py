@@ -41,7 +41,7 @@ def test_killed_then_interrupted_run_equals_the_uninterrupted_one(
     stopped = latest_checkpoint(run_dir)
     assert EVAL_INTERVAL < stopped < STEPS
     assert f"Resuming after step {SAVE_INTERVAL}." in outcome.output
-    assert f"Stopped at step {stopped} of {STEPS} by a signal." in outcome.output
+    assert f"Stopped at step {stopped} of {STEPS} as asked." in outcome.output
     assert "the same command goes on from there" in outcome.output
     assert read_metrics(run_dir)[-1]["step"] == stopped
 
@@ -61,7 +61,7 @@ def test_terminated_torchrun_saves_and_goes_on(tiny: TinyRecipe, reference_run: 
     assert outcome.code != 0
     stopped = latest_checkpoint(run_dir)
     assert 2 <= stopped < STEPS
-    assert f"Stopped at step {stopped} of {STEPS} by a signal." in outcome.output
+    assert f"Stopped at step {stopped} of {STEPS} as asked." in outcome.output
 
     output = tiny.train(run_dir, "run.export=false", processes=2)
     assert f"Resuming after step {stopped}." in output
@@ -81,7 +81,9 @@ def test_finished_run_says_so_and_restores_its_export(
     shutil.rmtree(finished_run / "hf")
     output = tiny.train(finished_run)
     assert "Its export is missing; writing it from the checkpoint." in output
-    assert {path.name for path in (finished_run / "hf").iterdir()} == {p.name for p in (reference_run / "hf").iterdir()}
+    assert {path.name for path in (finished_run / "hf").iterdir()} == {
+        p.name for p in (reference_run / "hf").iterdir()
+    }
     assert weights(finished_run) == weights(reference_run)
     assert timeless(read_metrics(finished_run)) == before
 

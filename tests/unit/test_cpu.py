@@ -106,6 +106,20 @@ def test_what_is_asked_onto_the_cpu_or_nowhere_is_left_alone(megatron_on_cpu: No
     assert torch.zeros(2).to(torch.zeros(1, dtype=torch.int32)).dtype == torch.int32
 
 
+def test_a_device_context_still_decides_where_tensors_are_made() -> None:
+    script = """
+        import torch
+        from orpo_megatron import cpu
+
+        cpu._redirect_devices()
+        with torch.device("meta"):
+            made = [torch.zeros(2), torch.arange(3), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
+            made.append(torch.zeros(2, device="cuda"))
+        print(*(tensor.device for tensor in made))
+    """
+    assert run_python(script) == "meta meta meta meta cpu"
+
+
 def test_type_strings_are_those_of_a_gpu_and_casts_still_cast(megatron_on_cpu: None) -> None:
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
