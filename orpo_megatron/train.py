@@ -133,7 +133,7 @@ def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
         cpu.activate()
         from orpo_megatron.bridge.train import validate
 
-        resolved = validate(recipe, hf_config, prepared)
+        resolved = validate(recipe, hf_config, prepared, here=False)
     record = rundir.make_record(recipe, prepared)
     del record["trajectory"]  # what the recipe says anyway
     print(f"# Megatron-Bridge's configuration\nbridge:\n{textwrap.indent(resolved, '  ')}\n# The recipe, resolved")

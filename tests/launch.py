@@ -43,13 +43,14 @@ class Outcome:
 class Command:
     """A running command in a session of its own, as a terminal or a scheduler would start it."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, **variables: str) -> None:
         """Starts ``python arguments`` in the repository, offline, on the CPU, one thread a process."""
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            **variables,
         }
         self.log = log
         with log.open("w", encoding="utf-8") as file:
@@ -154,9 +155,9 @@ class TinyRecipe:
         """Trains to the end; returns what was printed."""
         return self.start(run_dir, *overrides, processes=processes).succeed()
 
-    def command(self, *arguments: str) -> Command:
-        """Starts ``python arguments``, its output in a new file."""
-        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt")
+    def command(self, *arguments: str, **variables: str) -> Command:
+        """Starts ``python arguments`` with environment ``variables``, its output in a new file."""
+        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt", **variables)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

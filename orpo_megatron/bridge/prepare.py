@@ -62,7 +62,9 @@ def model_source(recipe: Recipe) -> str:
     def build(scratch: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             try:
@@ -169,7 +171,7 @@ def num_steps(recipe: Recipe, num_pairs: int) -> int:
     if iters is not None:
         return int(iters)
     steps_per_epoch = math.ceil(num_pairs / recipe.data.pairs_per_step)
-    return math.ceil(steps_per_epoch * recipe.setting("train.num_epochs"))
+    return math.ceil(round(steps_per_epoch * recipe.setting("train.num_epochs"), 6))
 
 
 def sequence_multiple(recipe: Recipe) -> int:

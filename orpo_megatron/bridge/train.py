@@ -55,7 +55,7 @@ def build(
     )
 
 
-def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> str:
+def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, here: bool) -> str:
     """Has Bridge finalise and check its configuration, without starting anything.
 
     Returns:
@@ -64,7 +64,7 @@ def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
     Raises:
         ConfigError: Also for what Bridge finds.
     """
-    _, container = build(recipe, hf_config, prepared, load_weights=False, here=False)
+    _, container = build(recipe, hf_config, prepared, load_weights=False, here=here)
     try:
         runtime_config_update(container)
     except (AssertionError, ValueError) as error:
@@ -87,6 +87,7 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
     Raises:
         ConfigError: If Bridge does not know the model, a setting does not fit, or a checkpoint cannot be loaded.
     """
+    validate(recipe, hf_config, prepared, here=True)
     resuming = latest_step(recipe.run_dir) > 0
     from_checkpoint = resuming or recipe.setting("checkpoint.pretrained_checkpoint") is not None
     bridge, container = build(recipe, hf_config, prepared, load_weights=not from_checkpoint)

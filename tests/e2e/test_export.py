@@ -1,5 +1,6 @@
 """The exported folder: transformers finds the same model in it that Megatron evaluated."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,20 @@ def test_transformers_scores_held_out_pairs_as_megatron_did(reference_run: Path,
     assert {name: inside[name] for name in expected} == pytest.approx(expected, rel=0, abs=BOUND)
     # The bound means something: the chosen and rejected responses are further apart than that.
     assert abs(expected["eval_logps/chosen"] - expected["eval_logps/rejected"]) > 100 * BOUND
+
+
+def test_each_held_out_pair_has_the_same_log_odds_ratio(
+    tiny: TinyRecipe, reference_run: Path, held_out: PairStore, tmp_path: Path
+) -> None:
+    """The checkpoint in Megatron, on packed rows, against the exported folder in transformers."""
+    tiny.command("tests/score_inside.py", str(reference_run), str(tmp_path / "scores.json")).succeed()
+    inside = json.loads((tmp_path / "scores.json").read_text())
+
+    model = AutoModelForCausalLM.from_pretrained(reference_run / "hf", dtype=torch.float32).eval()
+    outside = [score(model, held_out[index]).log_odds_ratio for index in range(len(held_out))]
+
+    assert inside == pytest.approx(outside, rel=0, abs=BOUND)
+    assert max(outside) - min(outside) > 100 * BOUND  # the pairs differ, so the right one was met
 
 
 def test_folder_is_whole(reference_run: Path) -> None:

@@ -26,13 +26,6 @@ def smollm2() -> str:
     return SMOLLM2
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(smollm2: str, request: pytest.FixtureRequest) -> str:
-    from orpo_megatron.data.sources import resolve
-
-    return resolve(smollm2, request.config.cache.mkdir("tokenizers"), tokenizer_only=True)
-
-
 @pytest.fixture
 def tokenizer(tokenizer_folder: str, tmp_path: Path):
     from orpo_megatron.data.sources import load_tokenizer
