@@ -9,7 +9,6 @@ HF_MODEL is a Hugging Face id or folder, a GGUF file, or package:NAME/FILE.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -67,7 +66,6 @@ def export_run(run: Path, folder: Path) -> None:
     checkpoint = checkpoint_folder(run)
     recipe = read_run(checkpoint.parent.parent)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     export_checkpoint(recipe, load_hf_config(recipe), checkpoint, partial)
     write_model_card(recipe, partial)
     if folder.exists():

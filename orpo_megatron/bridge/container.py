@@ -24,7 +24,22 @@ from orpo_megatron.config import ConfigError, nearest
 from orpo_megatron.data.dataset import PackedRows, collate_fn
 
 TENSORBOARD = "tensorboard"
-_OPTIONAL = {
+#: The sections that every container has, and those that it has only where a recipe writes them.
+_SECTIONS = {
+    "train": bridge_config.TrainingConfig,
+    "validation": bridge_config.ValidationConfig,
+    "optimizer": bridge_config.OptimizerConfig,
+    "scheduler": bridge_config.SchedulerConfig,
+    "ddp": bridge_config.DistributedDataParallelConfig,
+    "checkpoint": bridge_config.CheckpointConfig,
+    "logger": bridge_config.LoggerConfig,
+    "dist": bridge_config.DistributedInitConfig,
+    "rng": bridge_config.RNGConfig,
+    "rerun_state_machine": bridge_config.RerunStateMachineConfig,
+    "profiling": bridge_config.ProfilingConfig,
+}
+_OPTIONAL_SECTIONS = {
+    "peft": LoRA,
     "ft": bridge_config.FaultToleranceConfig,
     "straggler": bridge_config.StragglerDetectionConfig,
     "nvrx_straggler": bridge_config.NVRxStragglerDetectionConfig,
@@ -98,73 +113,58 @@ def make_container(
     Raises:
         ConfigError: If a value is not what Bridge's setting takes.
     """
-    run_dir, given = recipe.run_dir, recipe.sections
-
-    def build(name: str, cls: Any, **defaults: Any) -> Any:
-        values = {k: v for k, v in given.get(name, {}).items() if (name, k) != ("train", "num_epochs")}
-        return build_settings(cls, values, name, **defaults)
-
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    weight_decay = recipe.setting("optimizer.weight_decay", 0.0)
+    given = {name: section for name, section in recipe.sections.items() if section}
+    classes = _SECTIONS | {name: cls for name, cls in _OPTIONAL_SECTIONS.items() if name in given}
+    defaults = _defaults(recipe, dataset, num_steps, eval_plan)
+    given["train"] = {name: value for name, value in given["train"].items() if name != "num_epochs"}
     return ConfigContainer(
         model=provider,
         dataset=dataset,
         # Bridge only asks it for the size of the vocabulary.
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size - 1),
-        train=build(
-            "train",
-            bridge_config.TrainingConfig,
-            train_iters=num_steps,
-            global_batch_size=dataset.rows_per_step,
-            micro_batch_size=1,
-            exit_signal_handler=True,
-        ),
-        validation=build(
-            "validation",
-            bridge_config.ValidationConfig,
-            eval_iters=eval_plan.num_steps if eval_plan else 0,
-            eval_global_batch_size=eval_plan.rows_per_step if eval_plan else dataset.rows_per_step,
-            eval_micro_batch_size=1,
-        ),
-        optimizer=build(
-            "optimizer",
-            bridge_config.OptimizerConfig,
-            lr=5e-6,
-            min_lr=0.0,
-            weight_decay=weight_decay,
-            use_distributed_optimizer=True,
-        ),
-        scheduler=build(
-            "scheduler",
-            bridge_config.SchedulerConfig,
-            start_weight_decay=weight_decay,
-            end_weight_decay=weight_decay,
-        ),
-        ddp=build(
-            "ddp",
-            bridge_config.DistributedDataParallelConfig,
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-        ),
-        checkpoint=build(
-            "checkpoint",
-            bridge_config.CheckpointConfig,
-            save=str(run_dir / CHECKPOINTS),
-            load=str(run_dir / CHECKPOINTS),
-            save_interval=min(num_steps, 500),
-            # LoRA loads its frozen base model by itself, before the adapters are put in.
-            **({"pretrained_checkpoint": model_source(recipe)} if given.get("peft") else {}),
-        ),
-        logger=build("logger", bridge_config.LoggerConfig, tensorboard_dir=str(run_dir / TENSORBOARD), log_interval=1),
-        dist=build("dist", bridge_config.DistributedInitConfig, distributed_backend=backend),
-        rng=build("rng", bridge_config.RNGConfig),
-        rerun_state_machine=build("rerun_state_machine", bridge_config.RerunStateMachineConfig),
-        profiling=build("profiling", bridge_config.ProfilingConfig),
-        peft=build("peft", LoRA) if given.get("peft") else None,
         mixed_precision=_mixed_precision(given.get("mixed_precision")),
         env_vars=given.get("env_vars", {}),
-        **{name: build(name, cls) for name, cls in _OPTIONAL.items() if name in given},
+        **{
+            name: build_settings(cls, given.get(name, {}), name, **defaults.get(name, {}))
+            for name, cls in classes.items()
+        },
     )
+
+
+def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan: Any) -> dict[str, dict[str, Any]]:
+    """Returns the settings that follow from the plan and the run, and our defaults where Bridge's do not fit."""
+    checkpoints = str(recipe.run_dir / CHECKPOINTS)
+    weight_decay = recipe.setting("optimizer.weight_decay", 0.0)
+    return {
+        "train": {
+            "train_iters": num_steps,
+            "global_batch_size": dataset.rows_per_step,
+            "micro_batch_size": 1,
+            "exit_signal_handler": True,
+        },
+        "validation": {
+            "eval_iters": eval_plan.num_steps if eval_plan else 0,
+            "eval_global_batch_size": eval_plan.rows_per_step if eval_plan else dataset.rows_per_step,
+            "eval_micro_batch_size": 1,
+        },
+        "optimizer": {
+            "lr": 5e-6,
+            "min_lr": 0.0,
+            "weight_decay": weight_decay,
+            "use_distributed_optimizer": True,
+        },
+        "scheduler": {"start_weight_decay": weight_decay, "end_weight_decay": weight_decay},
+        "ddp": {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True},
+        "checkpoint": {
+            "save": checkpoints,
+            "load": checkpoints,
+            "save_interval": min(num_steps, 500),
+            # LoRA loads its frozen base model by itself, before the adapters are put in.
+            "pretrained_checkpoint": model_source(recipe) if recipe.sections.get("peft") else None,
+        },
+        "logger": {"tensorboard_dir": str(recipe.run_dir / TENSORBOARD), "log_interval": 1},
+        "dist": {"distributed_backend": "nccl" if torch.cuda.is_available() else "gloo"},
+    }
 
 
 def _mixed_precision(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def export_checkpoint(recipe: Recipe, hf_config: PretrainedConfig, checkpoint: P
         recipe: The run's recipe.
         hf_config: The model's Hugging Face configuration.
         checkpoint: A checkpoint, or a folder of them; the latest is taken.
-        folder: Where to write.
+        folder: Where to write; what is there is removed.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     bridge = make_bridge(recipe, hf_config)
     with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
         model = load_checkpoint_model(checkpoint_folder(checkpoint))

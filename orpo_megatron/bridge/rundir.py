@@ -78,7 +78,9 @@ def write_records(recipe: Recipe, prepared: Prepared) -> None:
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     values = {**recipe.as_dict(), RECORD: make_record(recipe, prepared)}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    (recipe.run_dir / RECIPE).write_text(text, encoding="utf-8")
+    fresh = recipe.run_dir / f".{RECIPE}"
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(recipe.run_dir / RECIPE)  # at once: other ranks may be reading it
     reports = {"train": prepared.store.report.to_dict(), "plan": vars(prepared.plan.summary())}
     if prepared.eval_store is not None:
         reports["eval"] = prepared.eval_store.report.to_dict()

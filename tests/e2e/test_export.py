@@ -112,3 +112,23 @@ def test_folder_is_whole(reference_run: Path) -> None:
     assert f"| Pairs | {TRAIN_PAIRS} of {TRAIN_PAIRS} rows |" in card
     assert "`train.jsonl`" in card
     assert not (reference_run / "hf.partial").exists()
+
+
+def test_adapters_are_merged_into_the_export(tiny: TinyRecipe, tmp_path: Path) -> None:
+    """LoRA: only adapters are trained, and the exported folder holds the base model with them in it."""
+    run_dir = tmp_path / "lora"
+    tiny.train(run_dir, "peft.dim=4", "optimizer.lr=1e-2", "train.train_iters=3", "validation.eval_interval=3")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32).eval()
+    (start,) = (tiny.cache_dir / "models").glob("random-*")
+    before = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.endswith("_proj.weight") for name in changed)  # the linear layers and nothing else
+
+    recipe = load_recipe(str(run_dir / "recipe.yaml"))
+    store = prepare(
+        str(tiny.eval_file), "test", config=recipe.data, tokenizer_name=recipe.tokenizer, cache_dir=tiny.cache_dir
+    )
+    pairs = [score(model, store[index]) for index in range(len(store))]
+    inside = read_metrics(run_dir)[-1]
+    assert inside["eval_logps/chosen"] == pytest.approx(sum(pair.chosen for pair in pairs) / len(pairs), abs=BOUND)
+    assert inside["eval_logps/rejected"] == pytest.approx(sum(pair.rejected for pair in pairs) / len(pairs), abs=BOUND)
