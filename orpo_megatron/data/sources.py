@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_megatron.config import ConfigError
+from orpo_megatron.console import say
 from orpo_megatron.data.cache import build_once, file_hash
 
 if TYPE_CHECKING:
@@ -125,7 +126,10 @@ def _convert_gguf(path: Path, folder: Path, tokenizer_only: bool) -> None:
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    say(f"Converting {path.name} to a Hugging Face folder, once ...")
+    logging.disable_progress_bar()
     fields = GGUFReader(path).fields
     keys = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in SPECIAL_TOKENS.items()}
     ids = {ours: int(fields[key].contents()) for ours, key in keys.items() if key in fields}
