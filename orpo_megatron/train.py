@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import socket
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -54,10 +57,19 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
     from orpo_megatron.bridge import prepare, rundir  # transformers takes seconds to import
 
     world_size, run_dir = int(os.environ.get("WORLD_SIZE", "1")), recipe.run_dir
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ConfigError("This is one of several Slurm tasks without WORLD_SIZE. Have each node start torchrun.")
+    if not dry_run:
+        _make_folder(run_dir, "run.dir")
     hf_config = prepare.load_hf_config(recipe)
     prepare.check_pretrained(recipe, hf_config)
     step, record = rundir.latest_step(run_dir), rundir.read_record(run_dir)
     rows_per_step = record.get("rows_per_step") if step else None
+    if rows_per_step and recipe.data.rows_per_step not in (None, rows_per_step):
+        raise ConfigError(
+            f"data.rows_per_step ({recipe.data.rows_per_step}) must stay {rows_per_step}, as in the checkpoints of "
+            f"{run_dir}. Leave it out, or give another run.dir."
+        )
     prepared = prepare.prepare_run(recipe, hf_config, world_size, rows_per_step, show_progress=rank() == 0)
     if step:
         rundir.check_same_run(run_dir, record.get("trajectory") or {}, rundir.trajectory(recipe, prepared))
@@ -78,6 +90,32 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
     return _finish(recipe, hf_config, steps, trained_now=True)
 
 
+def _make_folder(folder: Path, setting: str) -> None:
+    """Makes a folder that the run writes to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{setting} ({folder}) cannot be made: {error.strerror}. Give another folder.") from error
+
+
+def _check_gpu_packages() -> None:
+    """Checks that what Megatron-Bridge needs on a GPU is installed."""
+    missing = [name for name in ("transformer_engine", "nvidia_resiliency_ext") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"Training on a GPU needs {' and '.join(missing)}, which NVIDIA's NeMo image ships (see the Dockerfile). "
+            "To run on the CPU, set CUDA_VISIBLE_DEVICES= (empty)."
+        )
+
+
+def _one_process() -> None:
+    """Gives a run that torchrun did not start a free port, so that two such runs do not collide."""
+    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+
+
 def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
     """Imports Megatron and trains, its own output in a log file; returns whether the last step was reached."""
     with logged_to(recipe.run_dir / "logs" / f"rank_{rank()}.txt"):
@@ -85,6 +123,9 @@ def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> b
 
         if cpu.activate():
             say("No GPU found: running on the CPU over gloo (for first runs, tests and debugging).")
+        else:
+            _check_gpu_packages()
+        _one_process()
         from orpo_megatron.bridge.train import train
 
         return train(recipe, hf_config, prepared)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--cache-dir", type=Path, default=CACHE, help=f"for converted models (default: {CACHE})")
     args = parser.parse_args(argv)
     try:
-        if args.folder.exists() and any(args.folder.iterdir()):
+        if args.folder.exists() and not (args.folder.is_dir() and not any(args.folder.iterdir())):
             raise ConfigError(f"{args.folder} is not empty. Give another folder, or empty it.")
         with logged_to(args.cache_dir / "logs" / "convert.txt"):
             if cpu.activate():
@@ -67,7 +67,7 @@ def export_run(run: Path, folder: Path) -> None:
     recipe = read_run(checkpoint.parent.parent)
     partial = folder.with_name(folder.name + ".partial")
     export_checkpoint(recipe, load_hf_config(recipe), checkpoint, partial)
-    write_model_card(recipe, partial)
+    write_model_card(recipe, partial, checkpoint.parent.parent, int(checkpoint.name.removeprefix("iter_")))
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)

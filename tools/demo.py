@@ -55,7 +55,9 @@ def train(overrides: list[str]) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
     command += ["-m", "orpo_megatron.train", RECIPE, *overrides]
     threads = str(max(1, (os.cpu_count() or NUM_PROCESSES) // NUM_PROCESSES))
-    return subprocess.run(command, env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
+    return subprocess.run(
+        command, env={"OMP_NUM_THREADS": threads, **os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ).returncode
 
 
 def compare(recipe: Recipe) -> tuple[list[dict[str, str]], dict[str, dict[str, float]]]:

@@ -116,7 +116,13 @@ def make_container(
     given = {name: section for name, section in recipe.sections.items() if section}
     classes = _SECTIONS | {name: cls for name, cls in _OPTIONAL_SECTIONS.items() if name in given}
     defaults = _defaults(recipe, dataset, num_steps, eval_plan)
-    given["train"] = {name: value for name, value in given["train"].items() if name != "num_epochs"}
+
+    def build(name: str, cls: Any) -> Any:
+        default = defaults.get(name, {})
+        # null asks for the default; num_epochs has become train_iters.
+        values = {k: v for k, v in given.get(name, {}).items() if not (v is None and k in default)}
+        return build_settings(cls, {k: v for k, v in values.items() if k != "num_epochs"}, name, **default)
+
     return ConfigContainer(
         model=provider,
         dataset=dataset,
@@ -124,10 +130,7 @@ def make_container(
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size - 1),
         mixed_precision=_mixed_precision(given.get("mixed_precision")),
         env_vars=given.get("env_vars", {}),
-        **{
-            name: build_settings(cls, given.get(name, {}), name, **defaults.get(name, {}))
-            for name, cls in classes.items()
-        },
+        **{name: build(name, cls) for name, cls in classes.items()},
     )
 
 

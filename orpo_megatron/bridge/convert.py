@@ -59,6 +59,12 @@ def checkpoint_folder(path: Path) -> Path:
     for root in (path, path / "checkpoints"):
         if (root / "run_config.yaml").is_file():
             return root
+        tracker = root / "latest_checkpointed_iteration.txt"
+        if tracker.is_file():  # a newer folder may be there that was never completed
+            latest = root / f"iter_{int(tracker.read_text()):07d}"
+            if not (latest / "run_config.yaml").is_file():
+                raise ConfigError(f"{latest}, the latest checkpoint by {tracker}, is not whole. Name an earlier one.")
+            return latest
         found = sorted(root.glob("iter_*/run_config.yaml"))
         if found:
             return found[-1].parent

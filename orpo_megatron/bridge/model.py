@@ -69,7 +69,17 @@ def make_provider(
             )
     elif not HAVE_TE:
         provider.apply_rope_fusion = False  # Megatron-Core refuses even to describe it without Transformer Engine
-    return apply_settings(provider, recipe.sections["model"], "model")
+    apply_settings(provider, recipe.sections["model"], "model")
+    for name, what in (("num_moe_experts", "mixtures of experts"), ("mtp_num_layers", "multi-token prediction")):
+        if getattr(provider, name, None):
+            raise ConfigError(
+                f"model.{name} ({getattr(provider, name)}) must be null: this version does not train {what}."
+            )
+    if here and not is_local(provider) and not recipe.sections.get("mixed_precision"):
+        raise ConfigError(
+            "mixed_precision is missing, but packed attention on a GPU takes bf16 or fp16 only. Set it to bf16_mixed."
+        )
+    return provider
 
 
 def is_local(provider: GPTModelProvider) -> bool:

@@ -176,11 +176,17 @@ def num_steps(recipe: Recipe, num_pairs: int) -> int:
 
 def sequence_multiple(recipe: Recipe) -> int:
     """Returns what kernels and the split of rows demand that a packed sequence's length be a multiple of."""
-    multiple = recipe.parallel_size("tensor_model") if recipe.setting("model.sequence_parallel") else 1
-    precision = recipe.sections.get("mixed_precision")
-    name = precision if isinstance(precision, str) else str((precision or {}).get("fp8") or "")
-    # FP8 matrix products on H100 want a row's tokens in multiples of 16 (Transformer Engine 2.x documentation).
-    return math.lcm(multiple, 16) if "fp8" in name or (not isinstance(precision, str) and name) else multiple
+    ranks = recipe.parallel_size("tensor_model") if recipe.setting("model.sequence_parallel") else 1
+    precision = recipe.sections.get("mixed_precision") or {}
+    if isinstance(precision, str):
+        fp4, fp8, block = "fp4" in precision, "fp8" in precision, "mxfp8" in precision
+    else:
+        fp4, fp8 = bool(precision.get("fp4")), bool(precision.get("fp8"))
+        block = precision.get("fp8_recipe") == "mxfp8"
+    if fp4:
+        raise ConfigError(f"mixed_precision ({precision}) must not be FP4: this version does not train with it.")
+    # Each rank's tokens in multiples of 32 for MXFP8 and of 16 for other FP8 (Megatron-Core 0.19, fp8_utils).
+    return ranks * (32 if block else 16 if fp8 else 1)
 
 
 def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:

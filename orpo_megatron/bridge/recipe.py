@@ -55,7 +55,7 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.should_pad_vocab": (False, "padding of the vocabulary would take part in the softmax"),
 }
 #: Bridge's settings that are used before Bridge could check them.
-_WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "rng.seed") + tuple(
+_WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "checkpoint.save_interval", "rng.seed") + tuple(
     f"model.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
 )
 #: Settings of the model section that are ours.

@@ -122,23 +122,38 @@ def read_run(run_dir: Path) -> Recipe:
     return load_recipe(str(run_dir / RECIPE))
 
 
-def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """Returns the run's last training figures, and its last evaluation's with their prefix ``eval_``."""
+def last_metrics(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """Returns the run's last training figures, and its last evaluation's with their prefix ``eval_``.
+
+    Args:
+        run_dir: The folder of the run.
+        step: Look no further than this step.
+    """
     path, metrics = run_dir / METRICS, dict[str, Any]()
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        metrics.update(json.loads(line))
+        record = json.loads(line)
+        if step is None or record["step"] <= step:
+            metrics.update(record)
     return metrics
 
 
-def write_model_card(recipe: Recipe, folder: Path) -> None:
-    """Writes the exported model's ``README.md`` from what lies in the run's folder."""
-    report = recipe.run_dir / DATA_REPORT
+def write_model_card(recipe: Recipe, folder: Path, run_dir: Path | None = None, step: int | None = None) -> None:
+    """Writes the exported model's ``README.md`` from what lies in the run's folder.
+
+    Args:
+        recipe: The run's recipe.
+        folder: The exported model.
+        run_dir: Where the run lies, if it was moved since.
+        step: The step of the checkpoint, if it is not the last.
+    """
+    run_dir = run_dir or recipe.run_dir
+    report = run_dir / DATA_REPORT
     reports = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     card = model_card(
         base_model=recipe.hf or "",
         recipe=recipe.as_dict(),
         data_report=reports.get("train") or {},
-        metrics=last_metrics(recipe.run_dir),
+        metrics=last_metrics(run_dir, step),
         versions=versions(),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

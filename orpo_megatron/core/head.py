@@ -46,6 +46,9 @@ def score_tokens(
     scored = hidden_states[:, 0].index_select(0, context.score_positions)
     if not config.sequence_parallel:
         scored = copy_to_tensor_model_parallel_region(scored, group=tp_group)
+    # The layer is not called, only read, so what waits for its weights to be gathered (overlap_param_gather) is.
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
     weight = output_layer.weight if output_weight is None else output_weight
     logits = scale_logits(F.linear(scored, weight, output_layer.bias))
     return vocab_parallel_logps(logits, context.score_labels, tp_group)

@@ -33,12 +33,13 @@ def make_forward_step(objective: OrpoConfig, num_microbatches: Callable[[], int]
     """
 
     def forward_step(data_iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        row = next(data_iterator).to(torch.cuda.current_device())
+        host_row = next(data_iterator)
+        row = host_row.to(torch.cuda.current_device())
         output = model(
             input_ids=row.tokens.unsqueeze(0),
             position_ids=row.position_ids.unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=packed_seq_params(row),
+            packed_seq_params=packed_seq_params(row, host_row.max_seqlen),  # a length read from a GPU would stall it
             output_processor=score_tokens,
             output_processor_context=row,
         )
@@ -47,9 +48,8 @@ def make_forward_step(objective: OrpoConfig, num_microbatches: Callable[[], int]
     return forward_step
 
 
-def packed_seq_params(row: PackedRow) -> PackedSeqParams:
+def packed_seq_params(row: PackedRow, max_seqlen: int) -> PackedSeqParams:
     """Returns what Megatron-Core needs to keep attention inside the row's sequences."""
-    max_seqlen = row.max_seqlen
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=row.cu_seqlens,

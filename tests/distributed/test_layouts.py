@@ -44,3 +44,15 @@ def test_every_metric_equals_one_process(
     worst = worst_errors(read_metrics(reference_run), read_metrics(tmp_path / "run"), BETA)
 
     assert {name: error for name, error in worst.items() if not error <= BOUND} == {}
+
+
+def test_overlapped_communication_waits_for_the_head(tiny: TinyRecipe, tmp_path: Path) -> None:
+    """An output layer with weights and a bucket of its own: they must be gathered before the head reads them."""
+    untied = ("model.config.tie_word_embeddings=false", "train.train_iters=4", "validation.eval_interval=4")
+    overlap = ("ddp.overlap_param_gather=true", "ddp.overlap_grad_reduce=true", "ddp.bucket_size=1000000")
+    tiny.train(tmp_path / "one", *untied, "run.export=false")
+    tiny.train(tmp_path / "two", *untied, *overlap, "run.export=false", processes=2)
+
+    worst = worst_errors(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), BETA)
+
+    assert {name: error for name, error in worst.items() if not error <= BOUND} == {}

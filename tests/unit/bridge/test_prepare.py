@@ -50,7 +50,7 @@ def test_steps_follow_from_epochs_of_whole_and_ragged_steps(
         ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, None, 4),
         ({"tensor_model_parallel_size": 4, "sequence_parallel": False}, "bf16_mixed", 1),
         ({}, "bf16_with_fp8_current_scaling_mixed", 16),
-        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, "bf16_with_mxfp8_mixed", 16),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, "bf16_with_mxfp8_mixed", 128),
         ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, {"fp8": "hybrid"}, 48),
         ({}, {"bf16": True}, 1),
         ({}, {"bf16": True, "fp8": None}, 1),

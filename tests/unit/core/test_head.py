@@ -42,6 +42,7 @@ def make_head(tied: bool, bias: bool) -> dict[str, Any]:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         weight=None if tied else weight,
         bias=torch.randn(VOCAB, generator=generator, requires_grad=True) if bias else None,
+        _forward_pre_hooks={},  # no weights to wait for
     )
     return {
         "hidden_states": hidden,
