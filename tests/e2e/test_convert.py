@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch import STEPS, Outcome, TinyRecipe, read_metrics, timeless
+from orpo_megatron.bridge.prepare import model_source
+from orpo_megatron.bridge.recipe import load_recipe
 from orpo_megatron.bridge.rundir import read_record
 
 pytestmark = pytest.mark.slow
@@ -18,8 +20,7 @@ CONVERT = "tools/convert.py"
 @pytest.fixture(scope="module")
 def start_model(tiny: TinyRecipe, reference_run: Path) -> Path:
     """The Hugging Face folder of random weights that every tiny run starts from."""
-    (folder,) = (tiny.cache_dir / "models").glob("random-*")
-    return folder
+    return Path(model_source(load_recipe(str(reference_run / "recipe.yaml"))))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launch import BETA, EVAL_PAIRS, STEPS, TRAIN_PAIRS, TinyRecipe, read_metrics
+from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import load_recipe
 from orpo_megatron.data.sources import load_tokenizer
 from orpo_megatron.data.store import PairStore, prepare
@@ -119,7 +120,7 @@ def test_adapters_are_merged_into_the_export(tiny: TinyRecipe, tmp_path: Path) -
     run_dir = tmp_path / "lora"
     tiny.train(run_dir, "peft.dim=4", "optimizer.lr=1e-2", "train.train_iters=3", "validation.eval_interval=3")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32).eval()
-    (start,) = (tiny.cache_dir / "models").glob("random-*")
+    start = model_source(load_recipe(str(run_dir / "recipe.yaml")))
     before = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed and all(name.endswith("_proj.weight") for name in changed)  # the linear layers and nothing else
