@@ -29,14 +29,12 @@ class Prepared:
         plan: Their steps.
         eval_store: Token ids of the held-out pairs, if the recipe has any.
         eval_plan: An evaluation's steps.
-        pad_token_id: What fills up a row.
     """
 
     store: PairStore
     plan: StepPlan
     eval_store: PairStore | None
     eval_plan: StepPlan | None
-    pad_token_id: int
 
 
 def model_source(recipe: Recipe) -> str:
@@ -161,8 +159,7 @@ def prepare_run(
             rows_multiple_of=dp,
             sequence_multiple_of=multiple,
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Prepared(store, plan, eval_store, eval_plan, int(pad))
+    return Prepared(store, plan, eval_store, eval_plan)
 
 
 def num_steps(recipe: Recipe, num_pairs: int) -> int:

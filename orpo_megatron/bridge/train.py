@@ -115,7 +115,7 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
 
 def make_dataset(recipe: Recipe, prepared: Prepared) -> PreferenceData:
     """Returns the packed rows of the run as Bridge's loaders take them."""
-    pad = prepared.pad_token_id
+    pad = prepared.store.pad_token_id
     valid = None
     if prepared.eval_plan is not None and prepared.eval_store is not None:
         interval = recipe.setting("validation.eval_interval") or prepared.plan.num_steps

@@ -24,11 +24,6 @@ _FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "linspace", 
               "randn", "tensor", "zeros", "zeros_like")  # fmt: skip
 
 
-def is_active() -> bool:
-    """Returns whether the redirects are in place."""
-    return _active
-
-
 def activate() -> bool:
     """Redirects CUDA calls to the CPU where this machine has no GPU; call it before Megatron is imported.
 

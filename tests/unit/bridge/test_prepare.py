@@ -139,7 +139,7 @@ def test_a_run_is_prepared_for_its_ranks(runnable: Values) -> None:
     assert prepared.plan.rows_per_step == 3  # one for each data-parallel replica
     assert prepared.plan.max_tokens_per_row == 128 and prepared.plan.nll_scope == "prompt_and_response"
     assert prepared.eval_plan is not None and prepared.eval_plan.num_pairs(0) == 6
-    assert prepared.pad_token_id == prepared.store.pad_token_id
+    assert prepared.store.pad_token_id == 2
     fixed = prepare_run(recipe, load_hf_config(recipe), 6, 9, show_progress=False)
     assert fixed.plan.rows_per_step == 9  # as a checkpoint has it
     with pytest.raises(ConfigError, match=r"^data.rows_per_step \(9\) must be a multiple of 2"):
