@@ -15,17 +15,20 @@ class PackedRow:
 
     Sequence ``2 * i`` is the chosen and ``2 * i + 1`` the rejected side of pair ``i``; each starts with its own
     copy of the prompt. A row without pairs holds one dummy sequence and scores nothing. The row is the same on
-    every tensor- and pipeline-parallel rank and differs between data-parallel ranks.
+    every tensor- and pipeline-parallel rank and differs between data-parallel ranks. Context-parallel ranks each hold
+    a share of it (``segments.context_shard``), whose ``t`` and ``n`` are smaller; what says "whole" stays.
 
     Attributes:
         tokens: Token ids, int64 [t].
         position_ids: Position of each token in its own sequence, int64 [t].
         padding_mask: True where a token is padding, bool [t].
-        cu_seqlens: Where each padded sequence starts, closed by ``t``, int32 [sequences + 1].
+        cu_seqlens: Where each padded sequence starts in the whole row, closed by its length, int32 [sequences + 1].
         score_positions: Positions whose hidden state predicts a scored token, sorted by sequence, int64 [n].
         score_labels: The token that each of them predicts, int64 [n].
         score_is_response: True where that token belongs to a response (else to a prompt), bool [n].
         score_lengths: How many of the ``n`` belong to each sequence, int64 [sequences].
+        num_scored_tokens: Scored tokens of each whole sequence, int64 [sequences].
+        num_response_tokens: Those of them that belong to the response, int64 [sequences].
         pair_ids: Index of each pair in the data set, int64 [pairs].
         num_nll_tokens: NLL tokens in the *whole global batch*, over all rows and ranks.
         num_pairs: Pairs in the whole global batch.
@@ -39,6 +42,8 @@ class PackedRow:
     score_labels: torch.Tensor
     score_is_response: torch.Tensor
     score_lengths: torch.Tensor
+    num_scored_tokens: torch.Tensor
+    num_response_tokens: torch.Tensor
     pair_ids: torch.Tensor
     num_nll_tokens: int
     num_pairs: int

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 
 class ConfigError(ValueError):
-    """A recipe, a file or a machine that does not fit: shown as one message, without a traceback."""
+    """A recipe, a file, a machine or a step that does not fit: shown as one message, without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class DataConfig:
         max_tokens_per_row: Token budget of a packed row; twice ``max_length`` where it is not given, which admits
             every pair.
         rows_per_step: Packed rows in a global batch; planned where it is not given.
+        pad_to_multiple_of: What the length of every packed sequence is padded to a multiple of, beside what the
+            layout and the precision demand. At ``max_length`` every sequence takes as much as in a padded batch.
         shuffle: Whether each epoch visits the pairs in a new order, drawn from ``rng.seed``.
         max_bad_rows: Rows that may be unusable (broken, empty, too long, ...) before a run refuses to start: a
             count if a whole number of at least 1, else a fraction of all rows.
@@ -81,13 +83,14 @@ class DataConfig:
     pairs_per_step: int = 32
     max_tokens_per_row: int | None = None
     rows_per_step: int | None = None
+    pad_to_multiple_of: int = 1
     shuffle: bool = True
     max_bad_rows: int | float = 0.05
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
         """Checks ranges."""
-        for name in ("max_length", "max_prompt_length", "pairs_per_step"):
+        for name in ("max_length", "max_prompt_length", "pairs_per_step", "pad_to_multiple_of"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} ({getattr(self, name)}) must be at least 1.")
         for name in ("max_tokens_per_row", "rows_per_step", "num_workers"):
@@ -119,12 +122,15 @@ class RunConfig:
         export: Whether the trained model is written to ``dir/hf`` in Hugging Face format at the end.
         progress: Progress bar: ``auto`` shows it in a terminal and plain lines elsewhere. (Not ``off``, which YAML
             reads as a truth value.)
+        on_nonfinite: What all ranks do about a step whose loss or gradient is NaN or infinite on any of them:
+            ``stop`` the run or ``skip`` the step. The step's rows are kept in ``dir/nonfinite``.
     """
 
     dir: str
     cache_dir: str | None = None
     export: bool = True
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 Section = TypeVar("Section")

@@ -191,14 +191,15 @@ def _announce(recipe: Recipe, prepared: Prepared, step: int, world_size: int) ->
     """Says what is about to be trained."""
     say(prepared.store.report.summary())
     say(str(prepared.plan.summary()))
-    split = ", ".join(
-        f"{name} {size}"
-        for name, size in (
-            ("tensor", recipe.parallel_size("tensor_model")),
-            ("pipeline", recipe.parallel_size("pipeline_model")),
-            ("data", recipe.data_parallel_size(world_size)),
-        )
-    )
+    sizes = {
+        "tensor": recipe.parallel_size("tensor_model"),
+        "pipeline": recipe.parallel_size("pipeline_model"),
+        "data": recipe.data_parallel_size(world_size),
+        "context": recipe.parallel_size("context"),
+        "expert": recipe.parallel_size("expert_model"),
+    }
+    always = ("tensor", "pipeline", "data")
+    split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in always)
     say(f"objective    beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope} by {recipe.orpo.nll_reduction}")
     say(f"processes    {world_size} ({split})")
     if step:

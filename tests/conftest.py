@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,25 @@ import pytest
 from launch import EVAL_PAIRS, REPO, TRAIN_PAIRS, TinyRecipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+
+@pytest.fixture(scope="session")
+def megatron_on_cpu() -> None:
+    """Makes Megatron importable; takes some seconds, and PyTorch stays redirected for the tests that follow."""
+    pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
+    from orpo_megatron import cpu
+
+    with warnings.catch_warnings(action="ignore"):
+        if not cpu.activate():
+            pytest.skip("PyTorch sees a GPU here, so Megatron cannot be moved to the CPU")
+
+
+@pytest.fixture(scope="session")
+def bridge_on_cpu(megatron_on_cpu: None) -> None:
+    """Imports Megatron-Bridge as well, which takes some seconds more."""
+    pytest.importorskip("megatron.bridge", reason="Megatron-Bridge is not installed")
+    with warnings.catch_warnings(action="ignore"):
+        import megatron.bridge.training.pretrain  # noqa: F401
 
 
 @pytest.fixture(scope="session")

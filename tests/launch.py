@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,10 +162,11 @@ class TinyRecipe:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Reads the complete lines of a run's metrics; none where there is no file yet."""
+    """Reads the complete lines of a run's metrics, null as NaN; none where there is no file yet."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
 
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,14 +195,16 @@ def worst_errors(reference: list[dict[str, Any]], other: list[dict[str, Any]], b
     worst: dict[str, float] = {}
     for right, record in zip(timeless(reference), timeless(other), strict=True):
         for key, value in right.items():
-            name = key.removeprefix("eval_")
-            prefix = key.removesuffix(name)
+            # An evaluation's names have a prefix and, over pairs of some length, a bucket: eval_logps/chosen/64-255.
+            match = re.fullmatch(r"(eval_)?(.+?)(/\d+-(?:\d+|up))?", key)
+            assert match is not None
+            prefix, name, bucket = match.groups(default="")
             if name in COUNTED:
                 error = 0.0 if record[key] == value else math.inf
             else:
                 scale = abs(value)
                 if name in DIFFERENCES or name == "rewards/margins":
-                    scale = max(abs(right[f"{prefix}logps/{side}"]) for side in ("chosen", "rejected"))
+                    scale = max(abs(right[f"{prefix}logps/{side}{bucket}"]) for side in ("chosen", "rejected"))
                     scale *= beta if name == "rewards/margins" else 1.0
                 error = abs(record[key] - value) / scale
             # A NaN is no number to be close to, and max() would lose it.

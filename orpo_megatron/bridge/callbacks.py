@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import get_model_config
 
 from orpo_megatron.bridge.rundir import METRICS as METRICS_FILE
 from orpo_megatron.console import Progress, rank
+from orpo_megatron.core.moe import auxiliary_losses, has_auxiliary_loss
 from orpo_megatron.data.plan import StepPlan
-from orpo_megatron.metrics import METRICS
+from orpo_megatron.metrics import METRICS, count_pairs, evaluation_metrics
 
 
 class RunMonitor(Callback):
@@ -25,11 +29,22 @@ class RunMonitor(Callback):
         self,
         run_dir: Path,
         plan: StepPlan,
+        eval_plan: StepPlan | None,
         progress_mode: str,
         export: Callable[[list[torch.nn.Module]], None] | None,
     ) -> None:
-        """Keeps what it needs; nothing is written before training starts."""
+        """Keeps what it needs; nothing is written before training starts.
+
+        Args:
+            run_dir: The folder of the run.
+            plan: The steps of the run.
+            eval_plan: The steps of an evaluation, if there are any.
+            progress_mode: ``run.progress``.
+            export: Writes the trained model; all ranks call it at the end of training.
+        """
         self.path = run_dir / METRICS_FILE
+        lengths = eval_plan.lengths if eval_plan else None
+        self.eval_pairs = count_pairs(lengths.chosen, lengths.rejected) if lengths else {}
         self.plan, self.progress_mode, self.export = plan, progress_mode, export
         self.file: TextIO | None = None
         self.progress: Progress | None = None
@@ -53,6 +68,9 @@ class RunMonitor(Callback):
         """Writes one object for the step."""
         step = context.state.train_state.step + 1  # Bridge counts the step after this event
         metrics = on_rank_0(context.loss_dict or {})
+        config = get_model_config(context.model[0])
+        if has_auxiliary_loss(config):
+            metrics |= auxiliary_losses(config, get_num_microbatches())
         if self.file is None or self.progress is None:
             return
         record = {
@@ -63,16 +81,21 @@ class RunMonitor(Callback):
             "pairs": self.plan.num_pairs(step - 1),
             "seconds": time.monotonic() - self.started,
         }
-        self._write({"step": step, **record})
+        skipped = {"skipped": True} if context.skipped_iter else {}
+        self._write({"step": step, **record, **skipped})
         self.progress.step(step, record)
 
     def on_eval_end(self, context: CallbackContext) -> None:
         """Writes one object for the evaluation, its names prefixed with ``eval_``."""
         step = context.state.train_state.step
         self.evaluated_at = step
-        metrics = on_rank_0(context.total_loss_dict or {})
+        averages, names = context.total_loss_dict or {}, evaluation_metrics(self.eval_pairs)
+        metrics = on_rank_0(averages, names)
+        for name in averages.keys() - names:
+            del averages[name]  # Bridge logs this dictionary next, where a bucket without pairs would be NaN
         if self.file is not None and self.progress is not None:
-            self._write({"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
+            record = {f"eval_{name}": value for name, value in {**metrics, **self.eval_pairs}.items()}
+            self._write({"step": step, **record})
             self.progress.evaluation(step, metrics)
 
     def on_train_end(self, context: CallbackContext) -> None:
@@ -91,8 +114,10 @@ class RunMonitor(Callback):
             self.progress.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
+        """Writes a line of JSON, which knows no NaN and no infinity: they become null."""
         assert self.file is not None
-        self.file.write(json.dumps(record) + "\n")
+        values = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self.file.write(json.dumps(values, allow_nan=False) + "\n")
         self.file.flush()
 
 
@@ -112,19 +137,21 @@ def keep_until(path: Path, step: int) -> None:
     fresh.replace(path)
 
 
-def on_rank_0(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def on_rank_0(metrics: Mapping[str, torch.Tensor], names: Sequence[str] = tuple(METRICS)) -> dict[str, float]:
     """Brings the metrics, which only the last pipeline stage knows, to rank 0.
 
     Args:
         metrics: Averages by name; empty on every rank but those of the last pipeline stage.
+        names: Which of them, the same on every rank.
 
     Returns:
-        The metrics as floats, in the order of ``METRICS``; a metric that counted nothing is NaN.
+        The metrics as floats, in the order of ``names``; a metric that counted nothing is NaN.
     """
-    values = torch.full((len(METRICS),), float("nan"), dtype=torch.float64, device=torch.cuda.current_device())
+    values = torch.full((len(names),), float("nan"), dtype=torch.float64, device=torch.cuda.current_device())
     if metrics:
-        values = torch.stack([metrics[name].double().reshape(()) for name in METRICS])
+        values = torch.stack([metrics[name].double().reshape(()) for name in names])
     if dist.get_world_size() > 1:
-        # The last rank lies on the last stage under every order of Megatron's that ends in pipeline or data ranks.
+        # Ranks number the places in a grid of parallel sizes, whatever its order of axes, so the last rank has the
+        # last place along each of them: it lies on the last stage.
         dist.broadcast(values, src=dist.get_world_size() - 1)
-    return dict(zip(METRICS, values.tolist(), strict=True))
+    return dict(zip(names, values.tolist(), strict=True))

@@ -162,6 +162,8 @@ def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan
             "save": checkpoints,
             "load": checkpoints,
             "save_interval": min(num_steps, 500),
+            # Bridge's own default ties the optimizer's state to the tensor and pipeline parallel sizes.
+            "dist_ckpt_optim_fully_reshardable": True,
             # LoRA loads its frozen base model by itself, before the adapters are put in.
             "pretrained_checkpoint": model_source(recipe) if recipe.sections.get("peft") else None,
         },

@@ -56,25 +56,29 @@ def make_provider(
     provider.hidden_dropout = provider.attention_dropout = 0.0
     provider.calculate_per_token_loss = False
     provider.cross_entropy_loss_fusion = False
+    if recipe.parallel_size("virtual_pipeline_model") > 1:
+        # Batched exchange of both directions crosses them over gloo: wrong without a word for rows of one length.
+        provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
     # Rows differ in length, so pipeline stages must exchange shapes; Megatron-Core ties that to this dispatcher.
     provider.variable_seq_lengths = recipe.parallel_size("pipeline_model") > 1
     provider.moe_token_dispatcher_type = "alltoall"
+    provider.expert_tensor_parallel_size = 1
     set_dtype(provider, torch.float32)
     if here:
         fit_to_machine(provider)
-        if is_local(provider) and recipe.setting("model.sequence_parallel"):
-            raise ConfigError(
-                "model.sequence_parallel (true) needs Transformer Engine, which this machine has not: Megatron-Core's "
-                "local norms do not split sequences. Set it to false."
-            )
     elif not HAVE_TE:
         provider.apply_rope_fusion = False  # Megatron-Core refuses even to describe it without Transformer Engine
     apply_settings(provider, recipe.sections["model"], "model")
-    for name, what in (("num_moe_experts", "mixtures of experts"), ("mtp_num_layers", "multi-token prediction")):
-        if getattr(provider, name, None):
-            raise ConfigError(
-                f"model.{name} ({getattr(provider, name)}) must be null: this version does not train {what}."
-            )
+    if getattr(provider, "mtp_num_layers", None):
+        raise ConfigError(
+            f"model.mtp_num_layers ({provider.mtp_num_layers}) must be null: this version does not train multi-token "
+            "prediction."
+        )
+    if here and provider.expert_tensor_parallel_size > 1 and not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.expert_tensor_parallel_size ({provider.expert_tensor_parallel_size}) must be 1 on a CPU: gloo "
+            "lacks the uneven all-gather that a split expert takes. Leave it out."
+        )
     if here and not is_local(provider) and not recipe.sections.get("mixed_precision"):
         raise ConfigError(
             "mixed_precision is missing, but packed attention on a GPU takes bf16 or fp16 only. Set it to bf16_mixed."
@@ -104,6 +108,9 @@ def fit_to_machine(provider: GPTModelProvider) -> None:
         "bias_dropout_fusion",
         "gradient_accumulation_fusion",
         "masked_softmax_fusion",
+        "moe_grouped_gemm",
+        "moe_permute_fusion",
+        "moe_router_fusion",
         "persist_layer_norm",
     ):
         setattr(provider, fusion, False)

@@ -136,7 +136,11 @@ def prepare_run(
 
     store = store_of(data.train, data.train_split, "train")
     eval_store = store_of(data.eval, data.eval_split, "eval") if data.eval is not None else None
-    dp, multiple = recipe.data_parallel_size(world_size), sequence_multiple(recipe)
+    rows_at_once, multiple = recipe.data_parallel_size(world_size), sequence_multiple(recipe)
+    if recipe.parallel_size("virtual_pipeline_model") > 1:
+        # The interleaved schedule takes microbatches in groups, one for each stage by default.
+        group = recipe.setting("model.microbatch_group_size_per_vp_stage", recipe.parallel_size("pipeline_model"))
+        rows_at_once *= int(group)
     plan = make_plan(
         store.lengths,
         nll_scope=recipe.orpo.nll_scope,
@@ -145,7 +149,7 @@ def prepare_run(
         seed=recipe.seed,
         shuffle=data.shuffle,
         max_tokens_per_row=data.row_budget,
-        rows_multiple_of=dp,
+        rows_multiple_of=rows_at_once,
         rows_per_step=rows_per_step or data.rows_per_step,
         sequence_multiple_of=multiple,
     )
@@ -156,7 +160,7 @@ def prepare_run(
             nll_scope=recipe.orpo.nll_scope,
             pairs_per_step=data.pairs_per_step,
             max_tokens_per_row=data.row_budget,
-            rows_multiple_of=dp,
+            rows_multiple_of=rows_at_once,
             sequence_multiple_of=multiple,
         )
     return Prepared(store, plan, eval_store, eval_plan)
@@ -172,8 +176,9 @@ def num_steps(recipe: Recipe, num_pairs: int) -> int:
 
 
 def sequence_multiple(recipe: Recipe) -> int:
-    """Returns what kernels and the split of rows demand that a packed sequence's length be a multiple of."""
-    ranks = recipe.parallel_size("tensor_model") if recipe.setting("model.sequence_parallel") else 1
+    """Returns what the recipe, kernels and the split of rows demand a packed sequence's length to be a multiple of."""
+    cp = recipe.parallel_size("context")
+    ranks = (recipe.parallel_size("tensor_model") if recipe.setting("model.sequence_parallel") else 1) * cp
     precision = recipe.sections.get("mixed_precision") or {}
     if isinstance(precision, str):
         fp4, fp8, block = "fp4" in precision, "fp8" in precision, "mxfp8" in precision
@@ -183,7 +188,9 @@ def sequence_multiple(recipe: Recipe) -> int:
     if fp4:
         raise ConfigError(f"mixed_precision ({precision}) must not be FP4: this version does not train with it.")
     # Each rank's tokens in multiples of 32 for MXFP8 and of 16 for other FP8 (Megatron-Core 0.19, fp8_utils).
-    return ranks * (32 if block else 16 if fp8 else 1)
+    kernels = ranks * (32 if block else 16 if fp8 else 1)
+    # Context parallel cuts each sequence into two chunks a rank.
+    return math.lcm(kernels, 2 * cp if cp > 1 else 1, recipe.data.pad_to_multiple_of)
 
 
 def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:

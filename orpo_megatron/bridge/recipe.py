@@ -53,10 +53,32 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.attention_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
     "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
     "model.should_pad_vocab": (False, "padding of the vocabulary would take part in the softmax"),
+    "model.moe_expert_capacity_factor": (None, "which tokens an expert drops would depend on how ranks are laid out"),
+    "model.moe_expert_rank_capacity_factor": (
+        None,
+        "which tokens a rank drops would depend on how ranks are laid out",
+    ),
+    "model.moe_input_jitter_eps": (None, "noise would make the loss depend on how ranks are laid out"),
 }
 #: Bridge's settings that are used before Bridge could check them.
 _WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "checkpoint.save_interval", "rng.seed") + tuple(
-    f"model.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
+    f"model.{kind}_parallel_size"
+    for kind in (
+        "tensor_model",
+        "pipeline_model",
+        "virtual_pipeline_model",
+        "context",
+        "expert_model",
+        "expert_tensor",
+    )
+)
+#: Bridge's settings by which stages get different numbers of layers.
+_UNEVEN_STAGES = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
 )
 #: Settings of the model section that are ours.
 _MODEL_SOURCE = ("hf", "config")
@@ -111,7 +133,12 @@ class Recipe:
         return int(self.setting("rng.seed", 1234))
 
     def parallel_size(self, kind: str) -> int:
-        """Returns the size of ``tensor_model``, ``pipeline_model``, ``context`` or ``expert_model`` parallelism."""
+        """Returns the size of one kind of parallelism.
+
+        Args:
+            kind: ``tensor_model``, ``pipeline_model``, ``virtual_pipeline_model`` (chunks a stage), ``context``,
+                ``expert_model`` or ``expert_tensor``.
+        """
         return int(self.setting(f"model.{kind}_parallel_size", 1))
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -232,11 +259,6 @@ def _check_whole(recipe: Recipe) -> None:
             raise ConfigError(f"{name} ({value!r}) must be a whole number of at least 1.")
     if recipe.setting("validation.eval_interval") and recipe.data.eval is None:
         raise ConfigError("validation.eval_interval is set but data.eval is not: there is nothing to evaluate.")
-    for name in ("model.context_parallel_size", "model.expert_model_parallel_size"):
-        if recipe.setting(name, 1) != 1:
-            raise ConfigError(f"{name} ({recipe.setting(name)}) must be 1: this version does not split that way.")
-    if recipe.setting("model.virtual_pipeline_model_parallel_size"):
-        raise ConfigError("model.virtual_pipeline_model_parallel_size must be null: this version does not use it.")
 
 
 def check_layout(recipe: Recipe, hf_config: Any, world_size: int) -> None:
@@ -250,26 +272,76 @@ def check_layout(recipe: Recipe, hf_config: Any, world_size: int) -> None:
     Raises:
         ConfigError: If ranks, heads, layers or vocabulary do not divide.
     """
-    tp, pp = recipe.parallel_size("tensor_model"), recipe.parallel_size("pipeline_model")
-    model_size = tp * pp * recipe.parallel_size("context")
-    if world_size % model_size:
-        raise ConfigError(
-            f"The number of processes ({world_size}) must be a multiple of tensor x pipeline x context parallel size "
-            f"({tp} x {pp} x {recipe.parallel_size('context')} = {model_size}). Start "
-            f"{-(-world_size // model_size) * model_size} processes (torchrun --nproc-per-node), or split less."
-        )
+    sizes = {kind: recipe.parallel_size(kind) for kind in ("tensor_model", "pipeline_model", "context")}
+    _check_world(world_size, sizes)
     heads = getattr(hf_config, "num_attention_heads", None)
     groups = getattr(hf_config, "num_key_value_heads", None) or heads
-    parts = (
-        ("attention heads", heads, tp, "tensor_model"),
-        ("key-value heads", groups, tp, "tensor_model"),
-        ("tokens in the vocabulary", getattr(hf_config, "vocab_size", None), tp, "tensor_model"),
-        ("layers", getattr(hf_config, "num_hidden_layers", None), pp, "pipeline_model"),
-    )
-    for what, count, size, kind in parts:
+    parts = [
+        ("attention heads", heads, "tensor_model"),
+        ("key-value heads", groups, "tensor_model"),
+        ("tokens in the vocabulary", getattr(hf_config, "vocab_size", None), "tensor_model"),
+    ]
+    num_experts = num_routed_experts(hf_config)
+    if num_experts:
+        _check_world(
+            world_size, {k: recipe.parallel_size(k) for k in ("expert_model", "expert_tensor", "pipeline_model")}
+        )
+        parts.append(("experts", num_experts, "expert_model"))
+    elif recipe.parallel_size("expert_model") > 1:
+        raise ConfigError(
+            f"model.expert_model_parallel_size ({recipe.parallel_size('expert_model')}) must be 1: the model has no "
+            "experts."
+        )
+    for what, count, kind in parts:
+        size = recipe.parallel_size(kind)
         if count is not None and count % size:
-            fits = [n for n in range(1, size + 1) if count % n == 0]
             raise ConfigError(
                 f"The model's {count} {what} cannot be split over model.{kind}_parallel_size ({size}). "
-                f"Use {' or '.join(map(str, fits[-3:]))}."
+                f"Use {_largest_divisors(count, size)}."
             )
+    _check_stages(recipe, getattr(hf_config, "num_hidden_layers", None))
+
+
+def _check_stages(recipe: Recipe, layers: int | None) -> None:
+    """Checks that the layers divide over pipeline stages and their chunks, unless the recipe spreads them itself."""
+    pp, vp = recipe.parallel_size("pipeline_model"), recipe.parallel_size("virtual_pipeline_model")
+    if vp > 1 and pp == 1:
+        raise ConfigError(
+            f"model.virtual_pipeline_model_parallel_size ({vp}) needs model.pipeline_model_parallel_size above 1. "
+            "Leave it out, or split the model into stages."
+        )
+    if layers is None or any(recipe.setting(f"model.{name}") for name in _UNEVEN_STAGES):
+        return
+    if layers % pp:
+        raise ConfigError(
+            f"The model's {layers} layers cannot be split over model.pipeline_model_parallel_size ({pp}). Use "
+            f"{_largest_divisors(layers, pp)}."
+        )
+    if layers // pp % vp:
+        raise ConfigError(
+            f"The {layers // pp} layers of each pipeline stage cannot be split over "
+            f"model.virtual_pipeline_model_parallel_size ({vp}). Use {_largest_divisors(layers // pp, vp)}."
+        )
+
+
+def _largest_divisors(count: int, below: int) -> str:
+    """Returns up to three numbers below ``below`` that divide ``count``, in words."""
+    return " or ".join([str(n) for n in range(1, below) if count % n == 0][-3:])
+
+
+def num_routed_experts(hf_config: Any) -> int:
+    """Returns how many experts the model routes between, 0 for a dense one."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(count) for name in names if (count := getattr(hf_config, name, None))), 0)
+
+
+def _check_world(world_size: int, sizes: Mapping[str, int]) -> None:
+    """Checks that the ranks are a multiple of the product of some parallel sizes."""
+    product = math.prod(sizes.values())
+    if world_size % product:
+        names = " x ".join(kind.removesuffix("_model").replace("_", "-") for kind in sizes)
+        raise ConfigError(
+            f"The number of processes ({world_size}) must be a multiple of {names} parallel size "
+            f"({' x '.join(map(str, sizes.values()))} = {product}). Start {-(-world_size // product) * product} "
+            "processes (torchrun --nproc-per-node), or split less."
+        )

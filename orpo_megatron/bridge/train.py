@@ -18,12 +18,14 @@ from transformers import PretrainedConfig
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
 from orpo_megatron.bridge.convert import write_artifacts
+from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import latest_step, partial_export
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank
+from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.data.dataset import PackedRows
 
@@ -50,9 +52,8 @@ def build(
     frozen_base = bool(recipe.sections.get("peft"))  # Bridge loads it where it puts in the adapters
     provider = make_provider(recipe, bridge, load_weights=load_weights and not frozen_base, here=here)
     steps, eval_plan = prepared.plan.num_steps, prepared.eval_plan
-    return bridge, make_container(
-        recipe, provider, make_dataset(recipe, prepared), num_steps=steps, eval_plan=eval_plan
-    )
+    dataset = make_dataset(recipe, prepared, fill_empty_rows=has_auxiliary_loss(provider))
+    return bridge, make_container(recipe, provider, dataset, num_steps=steps, eval_plan=eval_plan)
 
 
 def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, here: bool) -> str:
@@ -65,12 +66,21 @@ def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *,
         ConfigError: Also for what Bridge finds.
     """
     _, container = build(recipe, hf_config, prepared, load_weights=False, here=here)
+    finalise(container)
+    with safe_yaml_representers():
+        return yaml.safe_dump(container.to_dict())
+
+
+def finalise(container: ConfigContainer) -> None:
+    """Has Bridge finalise and check its configuration.
+
+    Raises:
+        ConfigError: For what Bridge finds.
+    """
     try:
         runtime_config_update(container)
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"Megatron-Bridge refuses the recipe: {' '.join(str(error).split())}") from error
-    with safe_yaml_representers():
-        return yaml.safe_dump(container.to_dict())
 
 
 def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
@@ -85,7 +95,8 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         True if training reached its last step, False if a signal stopped it after saving a checkpoint.
 
     Raises:
-        ConfigError: If Bridge does not know the model, a setting does not fit, or a checkpoint cannot be loaded.
+        ConfigError: If Bridge does not know the model, a setting does not fit, a checkpoint cannot be loaded, or a
+            step is not finite and ``run.on_nonfinite`` is ``stop``.
     """
     validate(recipe, hf_config, prepared, here=True)
     resuming = latest_step(recipe.run_dir) > 0
@@ -94,13 +105,20 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
     monitor = RunMonitor(
         recipe.run_dir,
         prepared.plan,
+        prepared.eval_plan,
         recipe.run.progress,
         (lambda model: export(recipe, bridge, model)) if recipe.run.export else None,
     )
+    guard = StepGuard(recipe.run, recipe.orpo, prepared.store.source)
     # Bridge saves and stops on SIGTERM; Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        pretrain(container, make_forward_step(recipe.orpo, get_num_microbatches), callbacks=[monitor])
+        forward_step = make_forward_step(recipe.orpo, get_num_microbatches, guard.observe)
+        pretrain(container, forward_step, callbacks=[guard, monitor])
+    except ConfigError:
+        # torchrun terminates the other ranks once the first has ended; all are ending by themselves, and alike.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     except SystemExit as error:
         # Status 0 is how Bridge leaves its loop after a signal, its checkpoint saved; it also ends this way when
         # it cannot go on, and has then only logged why.
@@ -113,8 +131,8 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
     return monitor.finished
 
 
-def make_dataset(recipe: Recipe, prepared: Prepared) -> PreferenceData:
-    """Returns the packed rows of the run as Bridge's loaders take them."""
+def make_dataset(recipe: Recipe, prepared: Prepared, fill_empty_rows: bool) -> PreferenceData:
+    """Returns the packed rows of the run as Bridge's loaders take them; ``fill_empty_rows`` as ``PackedRows``."""
     pad = prepared.store.pad_token_id
     valid = None
     if prepared.eval_plan is not None and prepared.eval_store is not None:
@@ -127,7 +145,7 @@ def make_dataset(recipe: Recipe, prepared: Prepared) -> PreferenceData:
         content_hash=prepared.store.content_hash,
         pin_memory=torch.cuda.is_available(),
     )
-    return dataset.attach(RowStream(PackedRows(prepared.store, prepared.plan, pad)), valid)
+    return dataset.attach(RowStream(PackedRows(prepared.store, prepared.plan, pad, fill_empty_rows)), valid)
 
 
 def export(recipe: Recipe, bridge: Any, model: list[torch.nn.Module]) -> None:

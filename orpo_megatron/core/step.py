@@ -8,24 +8,31 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_model_config
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.config import OrpoConfig
 from orpo_megatron.core.head import score_tokens
+from orpo_megatron.core.moe import router_padding_mask
 from orpo_megatron.loss import orpo_loss
 from orpo_megatron.metrics import step_metrics
-from orpo_megatron.segments import pair_logps
+from orpo_megatron.segments import context_shard, pair_logps
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[[Iterator[PackedRow], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
+Observer = Callable[[PackedRow, torch.Tensor], None]
 
 
-def make_forward_step(objective: OrpoConfig, num_microbatches: Callable[[], int]) -> ForwardStep:
+def make_forward_step(
+    objective: OrpoConfig, num_microbatches: Callable[[], int], observe: Observer | None = None
+) -> ForwardStep:
     """Makes the forward step of an ORPO run.
 
     Args:
         objective: Weight and scope of the loss.
         num_microbatches: Tells how many microbatches the running step has on this rank.
+        observe: Is handed each training microbatch on the last pipeline stage: the whole row, and its share of the
+            global batch's loss, detached.
 
     Returns:
         ``forward_step(data_iterator, model) -> (output, loss_function)`` for Megatron-Core's schedules. It takes
@@ -33,17 +40,22 @@ def make_forward_step(objective: OrpoConfig, num_microbatches: Callable[[], int]
     """
 
     def forward_step(data_iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        host_row = next(data_iterator)
-        row = host_row.to(torch.cuda.current_device())
+        whole_row = next(data_iterator)
+        cp_group = parallel_state.get_context_parallel_group()
+        row = context_shard(whole_row, cp_group.size(), cp_group.rank()).to(torch.cuda.current_device())
         output = model(
             input_ids=row.tokens.unsqueeze(0),
             position_ids=row.position_ids.unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=packed_seq_params(row, host_row.max_seqlen),  # a length read from a GPU would stall it
+            padding_mask=router_padding_mask(row.padding_mask, model, get_model_config(model)),
+            packed_seq_params=packed_seq_params(row, whole_row.max_seqlen),  # a length read from a GPU would stall it
             output_processor=score_tokens,
             output_processor_context=row,
         )
-        return output, partial(row_loss, row, objective, num_microbatches())
+        seen = partial(observe, whole_row) if observe is not None and model.training else None
+        return output, partial(
+            row_loss, row, objective, num_microbatches(), by_length=not model.training, observe=seen
+        )
 
     return forward_step
 
@@ -60,24 +72,34 @@ def packed_seq_params(row: PackedRow, max_seqlen: int) -> PackedSeqParams:
 
 
 def row_loss(
-    row: PackedRow, objective: OrpoConfig, num_microbatches: int, per_token_logps: torch.Tensor
+    row: PackedRow,
+    objective: OrpoConfig,
+    num_microbatches: int,
+    per_token_logps: torch.Tensor,
+    *,
+    by_length: bool = False,
+    observe: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Turns one row's log-probs into its share of the global batch's loss, and its metrics.
 
     The row's loss is divided by the counts of the whole global batch. The schedules divide what they are given by
     the number of microbatches and average gradients over data-parallel ranks, so both factors are put in here
-    beforehand; the sum over all rows is then exactly the loss of the global batch.
+    beforehand; the sum over all rows is then exactly the loss of the global batch. Context-parallel ranks all compute
+    the loss of their common row; the schedules multiply it by their number, and the average takes it out again.
 
     Args:
-        row: The row.
+        row: The row, or this context-parallel rank's share of it.
         objective: Weight and scope of the loss.
         num_microbatches: Microbatches of this step on this rank.
         per_token_logps: Log-probs of the row's scored tokens, fp32 [n].
+        by_length: Whether metrics also come by the length of a pair's responses, as an evaluation reports them.
+        observe: Is handed the loss before it is scaled, detached.
 
     Returns:
         The scaled loss (scalar), and the metrics as [sum, count] pairs.
     """
-    logps = pair_logps(per_token_logps, row)
+    cp_group = parallel_state.get_context_parallel_group()
+    logps = pair_logps(per_token_logps, row, cp_group if cp_group.size() > 1 else None)
     loss = orpo_loss(
         logps,
         beta=objective.beta,
@@ -85,6 +107,9 @@ def row_loss(
         num_nll_tokens=row.num_nll_tokens,
         num_pairs=row.num_pairs,
     )
-    metrics = step_metrics(loss, logps, objective.beta)
+    response_lengths = row.num_response_tokens[: 2 * len(row.pair_ids)].view(-1, 2) if by_length else None
+    metrics = step_metrics(loss, logps, objective.beta, response_lengths)
+    if observe is not None:
+        observe(loss.loss.detach())
     scale = num_microbatches * parallel_state.get_data_parallel_world_size()
     return loss.loss * scale, metrics

@@ -289,6 +289,7 @@ def _redirect_megatron() -> None:
     import megatron.core.datasets.utils
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -301,7 +302,16 @@ def _redirect_megatron() -> None:
     # Megatron's fallback takes torch.norm of each gradient, which adds up in fp32 on a CPU: 2e-4 off for an embedding,
     # and differently off for each shard of it.
     clip_grads.l2_norm_impl = _l2_norm
+    # The splits of an all-to-all have to be NumPy's; Megatron makes them so only on the way from a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     _mend_adam_checkpoints(DistributedOptimizer)
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Returns what the call of Megatron-Core's returns for a tensor on a GPU."""
+    import torch
+
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _mend_adam_checkpoints(cls: Any) -> None:
@@ -309,11 +319,11 @@ def _mend_adam_checkpoints(cls: Any) -> None:
 
     Its distributed optimizer reads ``step`` from a state that does not exist before the first step, so that loading
     fails; then it puts one tensor for all parameters in, which each of them would count up; and overwrites it with
-    the placeholder that loading began with.
+    the placeholder that loading began with, or misses it in a checkpoint that can be loaded on other ranks.
     """
     import torch
 
-    describe, load = cls.sharded_state_dict, cls.load_state_dict
+    describe, load, set_states = cls.sharded_state_dict, cls.load_state_dict, cls._set_main_param_and_optimizer_states
 
     def set_step(optimizer: torch.optim.Optimizer, step: float) -> None:
         for state in optimizer.state.values():
@@ -333,7 +343,12 @@ def _mend_adam_checkpoints(cls: Any) -> None:
         load(self, state_dict)
         set_step(self.optimizer, state_dict["optimizer"]["param_groups"][0]["step"])
 
+    @functools.wraps(set_states)
+    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {**tensors, "step": None})  # what is no tensor stays as it is
+
     cls.sharded_state_dict, cls.load_state_dict = sharded_state_dict, load_state_dict
+    cls._set_main_param_and_optimizer_states = set_states_but_step
 
 
 def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per_tensor: bool) -> tuple[Any, None]:

@@ -43,17 +43,21 @@ class PackedRows(Dataset[PackedRow]):
     Read it in order, one row per microbatch, and every step gets its pairs and no others, also after a resume.
     """
 
-    def __init__(self, store: TokenStore, plan: StepPlan, pad_token_id: int) -> None:
+    def __init__(self, store: TokenStore, plan: StepPlan, pad_token_id: int, fill_empty_rows: bool = False) -> None:
         """Joins a plan with the token ids.
 
         Args:
             store: Token ids of the pairs that the plan was made for.
             plan: The step plan.
             pad_token_id: Token id that fills padding.
+            fill_empty_rows: Whether a row without pairs holds a sequence of the step's first pair, not scored, rather
+                than padding. The auxiliary losses of a mixture of experts are means over a row's tokens, NaN without
+                any.
         """
         self.store = store
         self.plan = plan
         self.pad_token_id = pad_token_id
+        self.fill_empty_rows = fill_empty_rows
 
     def __len__(self) -> int:
         """Returns the rows of all steps."""
@@ -77,6 +81,7 @@ class PackedRows(Dataset[PackedRow]):
             pad_token_id=self.pad_token_id,
             num_nll_tokens=self.plan.num_nll_tokens(step),
             num_pairs=self.plan.num_pairs(step),
+            filler=self.store[int(self.plan.pairs(step)[0])] if self.fill_empty_rows else None,
         )
 
 
@@ -89,12 +94,13 @@ def pack_row(
     pad_token_id: int,
     num_nll_tokens: int,
     num_pairs: int,
+    filler: PairTokens | None = None,
 ) -> PackedRow:
     """Lays pairs end to end in one row: chosen, rejected, chosen, rejected and so on.
 
     Responses are scored on both sides; ``prompt_and_response`` also scores the prompt of the chosen side, but for
     its first token, which nothing predicts. A position predicts the token after it. No row is empty: without
-    pairs it holds one dummy sequence, all padding, that scores nothing.
+    pairs it holds one dummy sequence that scores nothing.
 
     Args:
         pairs: Token ids of the row's pairs.
@@ -104,6 +110,7 @@ def pack_row(
         pad_token_id: Token id that fills padding.
         num_nll_tokens: NLL tokens in the whole global batch.
         num_pairs: Pairs in the whole global batch.
+        filler: A pair whose chosen side is the dummy sequence of a row without pairs; all padding where it is None.
 
     Returns:
         The row, on the CPU.
@@ -115,7 +122,8 @@ def pack_row(
         builder.add(np.concatenate((pair.prompt, pair.chosen)), first, prompt_length)
         builder.add(np.concatenate((pair.prompt, pair.rejected)), prompt_length, prompt_length)
     if not pairs:
-        builder.add(np.empty(0, dtype=np.int64), 0, 0)
+        dummy = np.empty(0, dtype=np.int64) if filler is None else np.concatenate((filler.prompt, filler.chosen))
+        builder.add(dummy, first_scored=len(dummy), prompt_length=len(dummy))
     return builder.row(pair_ids, num_nll_tokens, num_pairs)
 
 
@@ -151,6 +159,8 @@ class _RowBuilder:
 
     def row(self, pair_ids: np.ndarray, num_nll_tokens: int, num_pairs: int) -> PackedRow:
         """Returns the finished row."""
+        num_scored = torch.tensor([len(labels) for labels in self._score_labels], dtype=torch.int64)
+        num_response = torch.tensor([int(part.sum()) for part in self._score_is_response], dtype=torch.int64)
         return PackedRow(
             tokens=_join(self._tokens),
             position_ids=_join(self._position_ids),
@@ -159,7 +169,9 @@ class _RowBuilder:
             score_positions=_join(self._score_positions),
             score_labels=_join(self._score_labels),
             score_is_response=_join(self._score_is_response),
-            score_lengths=torch.tensor([len(labels) for labels in self._score_labels], dtype=torch.int64),
+            score_lengths=num_scored,
+            num_scored_tokens=num_scored,
+            num_response_tokens=num_response,
             pair_ids=torch.from_numpy(pair_ids.astype(np.int64)),
             num_nll_tokens=num_nll_tokens,
             num_pairs=num_pairs,

@@ -17,10 +17,19 @@ from orpo_megatron.report.run import EVAL_PREFIX, RunRecord
 STYLE = Path(__file__).with_name("style.css")
 BAD_ROWS_SHOWN = 20
 
+#: What routers add to the loss, by the names of metrics.py, which would load PyTorch for a page of text.
+AUXILIARY_LOSSES = {
+    "load_balancing_loss": "load balancing",
+    "seq_load_balancing_loss": "load balancing of sequences",
+    "global_load_balancing_loss": "global load balancing",
+    "z_loss": "z-loss",
+}
+
 
 def page(run: RunRecord) -> str:
     """Returns the whole report as one HTML document that needs nothing else."""
-    sections = [_header(run), _warnings(run), _cards(run), _charts(run), _samples(run), _data(run), _recipe(run)]
+    figures = [_header(run), _warnings(run), _cards(run), _charts(run), _lengths(run)]
+    sections = [*figures, _samples(run), _data(run), _recipe(run)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -44,8 +53,12 @@ def _header(run: RunRecord) -> str:
 
 
 def _warnings(run: RunRecord) -> str:
-    """Names what a reader must not overlook: values that are not finite, and log-probs that were capped."""
+    """Names what a reader must not overlook: skipped steps, values that are not finite, log-probs that were capped."""
     notes = []
+    skipped = run.points("skipped")
+    if skipped:
+        steps = "1 step" if len(skipped) == 1 else f"{len(skipped):,} steps"
+        notes.append(f"The optimizer skipped {steps} without finite gradients, the first at step {skipped[0][0]:g}.")
     broken = [(x, name) for name, points in run.metrics.items() for x, y in points if not math.isfinite(y)]
     if broken:
         step, name = min(broken)
@@ -117,9 +130,35 @@ def _charts(run: RunRecord) -> str:
         chart("Learning rate", "", [Series("learning rate", run.points("learning_rate"), 3)], bounds=(0, None)),
         chart("Speed", "tokens per second", [Series("tokens per second", _speeds(run), 3)], bounds=(0, None)),
     ]  # fmt: skip
+    routers = [Series(title, run.points(name), color) for color, (name, title) in enumerate(AUXILIARY_LOSSES.items())]
+    recorded = [series for series in routers if series.points]
+    if recorded:
+        figures.append(chart("Routers of the experts", "losses without their coefficients", recorded))
     size = steps_per_point(run.points("loss"))
     note = f"<p>Each point of a training curve is the mean of {size:,} steps.</p>" if size > 1 else ""
     return f'<section><h2>Curves</h2>{note}<div class="charts">{"".join(figures)}</div></section>'
+
+
+def _lengths(run: RunRecord) -> str:
+    """Sets held-out pairs of each length side by side: how the last evaluation found them, and where they started."""
+    counts = f"{EVAL_PREFIX}pairs/"
+    buckets = [name.removeprefix(counts) for name in run.metrics if name.startswith(counts)]
+    if not buckets:
+        return ""
+    columns = [
+        ("Accuracy", "rewards/accuracies", percent),
+        ("Margin", "logps/margins", number),
+        ("Log odds ratio", "log_odds_chosen", number),
+    ]
+    rows = []
+    for bucket in buckets:
+        cells = [bucket, f"{run.points(counts + bucket)[-1][1]:,.0f}"]
+        for _, name, show in columns:
+            values = [show(y) for _, y in _finite(run.points(f"{EVAL_PREFIX}{name}/{bucket}"))]
+            cells.append((f"{values[-1]} (from {values[0]})" if len(values) > 1 else values[0]) if values else "–")
+        rows.append(cells)
+    table = _table(["Tokens of the longer response", "Pairs", *(title for title, *_ in columns)], rows)
+    return f"<section><h2>Held-out pairs by length</h2>{table}</section>"
 
 
 def _samples(run: RunRecord) -> str:

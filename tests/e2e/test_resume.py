@@ -51,6 +51,23 @@ def test_killed_then_interrupted_run_equals_the_uninterrupted_one(
     assert weights(run_dir) == weights(reference_run)
 
 
+def test_another_cluster_shape_continues_the_trajectory(tiny: TinyRecipe, reference_run: Path, tmp_path: Path) -> None:
+    """Steps 1 to 5 at tensor 2 on two ranks, 6 to 10 at pipeline 2 x data 2 on four."""
+    run_dir = tmp_path / "run"
+    rows = ("data.rows_per_step=4", "run.export=false")
+
+    stopped = tiny.start(
+        run_dir, *rows, "train.exit_interval=5", "model.tensor_model_parallel_size=2", processes=2
+    ).wait()
+    assert f"Stopped at step 5 of {STEPS} as asked." in stopped.output
+    output = tiny.train(run_dir, *rows, "model.pipeline_model_parallel_size=2", processes=4)
+    assert "Resuming after step 5." in output
+    assert "(tensor 1, pipeline 2, data 2)" in output
+
+    worst = worst_errors(read_metrics(reference_run), read_metrics(run_dir), BETA)
+    assert {name: error for name, error in worst.items() if not error <= 1e-5} == {}
+
+
 def test_terminated_torchrun_saves_and_goes_on(tiny: TinyRecipe, reference_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
 

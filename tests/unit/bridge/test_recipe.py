@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
-from orpo_megatron.bridge.recipe import RECORD, build_recipe, check_layout, load_recipe
+from orpo_megatron.bridge.recipe import RECORD, build_recipe, check_layout, load_recipe, num_routed_experts
 from orpo_megatron.bridge.settings import bridge_settings
 from orpo_megatron.config import ConfigError
 
@@ -100,6 +100,16 @@ def test_a_section_may_be_empty(values: Values) -> None:
         ({"model__tensor_model_parallel_size": 0}, "model.tensor_model_parallel_size (0) must be a whole number"),
         ({"model__tensor_model_parallel_size": "2"}, "model.tensor_model_parallel_size ('2') must be a whole number"),
         ({"model__pipeline_model_parallel_size": True}, "model.pipeline_model_parallel_size (True) must be a whole"),
+        (
+            {"model__context_parallel_size": 1.0},
+            "model.context_parallel_size (1.0) must be a whole number of at least",
+        ),
+        (
+            {"model__virtual_pipeline_model_parallel_size": 0},
+            "model.virtual_pipeline_model_parallel_size (0) must be a whole number of at least 1.",
+        ),
+        ({"model__expert_model_parallel_size": "2"}, "model.expert_model_parallel_size ('2') must be a whole number"),
+        ({"model__expert_tensor_parallel_size": 0}, "model.expert_tensor_parallel_size (0) must be a whole number of"),
     ],
 )
 def test_what_is_wrong_is_named(values: Values, settings: Values, message: str) -> None:
@@ -134,11 +144,18 @@ def test_what_is_wrong_is_named(values: Values, settings: Values, message: str) 
             "batch already. Leave it out.",
         ),
         ({"model__should_pad_vocab": True}, "model.should_pad_vocab (True) must be False: padding of the vocabulary"),
-        ({"model__context_parallel_size": 2}, "model.context_parallel_size (2) must be 1: this version does not"),
-        ({"model__expert_model_parallel_size": 2}, "model.expert_model_parallel_size (2) must be 1: this version"),
         (
-            {"model__virtual_pipeline_model_parallel_size": 2},
-            "model.virtual_pipeline_model_parallel_size must be null: this version does not use it.",
+            {"model__moe_expert_capacity_factor": 1.25},
+            "model.moe_expert_capacity_factor (1.25) must be None: which tokens an expert drops would depend on how "
+            "ranks are laid out. Leave it out.",
+        ),
+        (
+            {"model__moe_expert_rank_capacity_factor": 2.0},
+            "model.moe_expert_rank_capacity_factor (2.0) must be None: which tokens a rank drops would depend on how",
+        ),
+        (
+            {"model__moe_input_jitter_eps": 0.01},
+            "model.moe_input_jitter_eps (0.01) must be None: noise would make the loss depend on how ranks are laid",
         ),
     ],
 )
@@ -147,15 +164,32 @@ def test_a_setting_that_would_break_the_run_is_refused(values: Values, settings:
 
 
 def test_an_exact_setting_may_be_spelt_out(values: Values) -> None:
-    recipe = build_recipe(changed(values, model__hidden_dropout=0.0, model__calculate_per_token_loss=False))
-    assert recipe.setting("model.hidden_dropout") == 0.0
+    exact = {
+        "model__hidden_dropout": 0.0,
+        "model__calculate_per_token_loss": False,
+        "model__moe_input_jitter_eps": None,
+    }
+    assert build_recipe(changed(values, **exact)).setting("model.hidden_dropout") == 0.0
+
+
+def test_every_kind_of_split_has_its_size(values: Values) -> None:
+    sizes = dict(
+        tensor_model=2, pipeline_model=3, virtual_pipeline_model=4, context=5, expert_model=6, expert_tensor=7
+    )
+    split = build_recipe(changed(values, **{f"model__{kind}_parallel_size": size for kind, size in sizes.items()}))
+    assert {kind: split.parallel_size(kind) for kind in sizes} == sizes
+    assert split.data_parallel_size(60) == 2  # tensor x pipeline x context ranks hold one replica; experts cut across
+    assert [build_recipe(values).parallel_size(kind) for kind in sizes] == [1] * 6
+    none = build_recipe(changed(values, model__virtual_pipeline_model_parallel_size=None))
+    assert none.parallel_size("virtual_pipeline_model") == 1
 
 
 def test_every_replaced_or_exact_setting_exists_in_bridge() -> None:
     from orpo_megatron.bridge import recipe
 
     known = bridge_settings()
-    for name in [*recipe._REPLACED_SETTINGS, *recipe._EXACT_SETTINGS, *recipe._WHOLE_NUMBERS]:
+    uneven = [f"model.{name}" for name in recipe._UNEVEN_STAGES]
+    for name in [*recipe._REPLACED_SETTINGS, *recipe._EXACT_SETTINGS, *recipe._WHOLE_NUMBERS, *uneven]:
         section, key = name.split(".")
         assert key in known[section], name
     assert set(recipe._REPLACED_SECTIONS) <= set(known)
@@ -321,3 +355,101 @@ def test_a_layout_that_does_not_divide_is_named_with_what_does(
 def test_a_layout_that_divides_passes(values: Values) -> None:
     parallel = {"model__tensor_model_parallel_size": 4, "model__pipeline_model_parallel_size": 2}
     check_layout(build_recipe(changed(values, **parallel)), MODEL, 16)
+
+
+MIXTURE = MixtralConfig(**{**MODEL.to_dict(), "model_type": "mixtral", "num_local_experts": 6})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "model", "message"),
+    [
+        (
+            {"tensor_model": 2, "pipeline_model": 2, "context": 3},
+            16,
+            MODEL,
+            "The number of processes (16) must be a multiple of tensor x pipeline x context parallel size "
+            "(2 x 2 x 3 = 12). Start 24 processes (torchrun --nproc-per-node), or split less.",
+        ),
+        (
+            {"virtual_pipeline_model": 2},
+            1,
+            MODEL,
+            "model.virtual_pipeline_model_parallel_size (2) needs model.pipeline_model_parallel_size above 1. Leave "
+            "it out, or split the model into stages.",
+        ),
+        (
+            {"pipeline_model": 2, "virtual_pipeline_model": 2},
+            2,
+            MODEL,
+            "The 3 layers of each pipeline stage cannot be split over model.virtual_pipeline_model_parallel_size (2). "
+            "Use 1.",
+        ),
+        (
+            {"pipeline_model": 4, "virtual_pipeline_model": 2},
+            4,
+            MODEL,
+            "The model's 6 layers cannot be split over model.pipeline_model_parallel_size (4). Use 1 or 2 or 3.",
+        ),
+        (
+            {"expert_model": 2},
+            2,
+            MODEL,
+            "model.expert_model_parallel_size (2) must be 1: the model has no experts.",
+        ),
+        (
+            {"expert_model": 4},
+            4,
+            MIXTURE,
+            "The model's 6 experts cannot be split over model.expert_model_parallel_size (4). Use 1 or 2 or 3.",
+        ),
+        (
+            {"expert_model": 3, "expert_tensor": 2, "pipeline_model": 2},
+            16,
+            MIXTURE,
+            "The number of processes (16) must be a multiple of expert x expert-tensor x pipeline parallel size "
+            "(3 x 2 x 2 = 12). Start 24 processes (torchrun --nproc-per-node), or split less.",
+        ),
+        (
+            {"tensor_model": 8},
+            8,
+            MIXTURE,
+            "The model's 12 attention heads cannot be split over model.tensor_model_parallel_size (8). Use 3 or 4 or",
+        ),
+    ],
+)
+def test_every_other_split_that_does_not_divide_is_named(
+    values: Values, sizes: Values, world_size: int, model: PretrainedConfig, message: str
+) -> None:
+    recipe = build_recipe(changed(values, **{f"model__{kind}_parallel_size": size for kind, size in sizes.items()}))
+    with pytest.raises(ConfigError) as error:
+        check_layout(recipe, model, world_size)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "model"),
+    [
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}, 2, MODEL),
+        ({"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 1}, 3, MODEL),
+        ({"context_parallel_size": 4, "tensor_model_parallel_size": 2}, 8, MODEL),
+        ({"expert_model_parallel_size": 3, "expert_tensor_parallel_size": 2}, 6, MIXTURE),
+        # The experts' ranks are the dense layers' ranks, grouped in another way.
+        ({"expert_model_parallel_size": 6, "tensor_model_parallel_size": 2, "context_parallel_size": 3}, 6, MIXTURE),
+        # A recipe that spreads the layers itself is not asked whether they divide.
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 3}, 4, MODEL),
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_last_pipeline_stage": 3}, 4, MODEL),
+        ({"pipeline_model_parallel_size": 4, "account_for_embedding_in_pipeline_split": True}, 4, MODEL),
+        ({"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|ttttt|tL"}, 2, MODEL),
+    ],
+)
+def test_every_other_split_that_divides_passes(
+    values: Values, settings: Values, world_size: int, model: PretrainedConfig
+) -> None:
+    check_layout(build_recipe(changed(values, **{f"model__{k}": v for k, v in settings.items()})), model, world_size)
+
+
+def test_experts_are_found_under_the_names_of_transformers() -> None:
+    assert num_routed_experts(MODEL) == 0
+    assert num_routed_experts(MixtralConfig(num_local_experts=6)) == 6
+    assert num_routed_experts(Qwen3MoeConfig(num_experts=10)) == 10
+    assert num_routed_experts(DeepseekV3Config(n_routed_experts=12)) == 12

@@ -12,6 +12,7 @@ HEADS, GROUPS, DIM = 6, 2, 4
 
 
 def make_attention(scale: float | None = None, **config: Any) -> torch.nn.Module:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from orpo_megatron.core.attention import PackedAttention
@@ -19,7 +20,8 @@ def make_attention(scale: float | None = None, **config: Any) -> torch.nn.Module
     settings = TransformerConfig(
         num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS, **config
     )
-    return PackedAttention(settings, 1, softmax_scale=scale)
+    groups = ProcessGroupCollection.use_mpu_process_groups(["cp"])
+    return PackedAttention(settings, 1, softmax_scale=scale, pg_collection=groups)
 
 
 def packed(lengths: tuple[int, ...] = LENGTHS) -> Any:
@@ -50,7 +52,7 @@ def masked_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_values_and_gradients_are_those_of_a_masked_softmax(
-    megatron_on_cpu: None, dtype: torch.dtype, tolerance: float, scale: float | None
+    one_rank: None, dtype: torch.dtype, tolerance: float, scale: float | None
 ) -> None:
     inputs, reference_inputs = row(dtype), row(torch.float64)
     output = make_attention(scale)(*inputs, None, packed_seq_params=packed())
@@ -63,7 +65,7 @@ def test_values_and_gradients_are_those_of_a_masked_softmax(
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
 
 
-def test_another_sequence_does_not_show_in_a_single_bit(megatron_on_cpu: None) -> None:
+def test_another_sequence_does_not_show_in_a_single_bit(one_rank: None) -> None:
     inputs = [x.detach() for x in row(torch.float32)]
     others = [x.detach() for x in row(torch.float32, seed=7)]
     changed = [x.clone() for x in inputs]
@@ -75,7 +77,7 @@ def test_another_sequence_does_not_show_in_a_single_bit(megatron_on_cpu: None) -
     assert not torch.equal(before[:5], after[:5]) and not torch.equal(before[6:], after[6:])
 
 
-def test_a_later_token_does_not_show_in_earlier_ones(megatron_on_cpu: None) -> None:
+def test_a_later_token_does_not_show_in_earlier_ones(one_rank: None) -> None:
     inputs = [x.detach() for x in row(torch.float32)]
     changed = [x.clone() for x in inputs]
     for x in changed:
@@ -86,12 +88,12 @@ def test_a_later_token_does_not_show_in_earlier_ones(megatron_on_cpu: None) -> N
     assert same == [True] * 10 + [False] * 5
 
 
-def test_a_row_that_is_not_packed_is_refused(megatron_on_cpu: None) -> None:
+def test_a_row_that_is_not_packed_is_refused(one_rank: None) -> None:
     with pytest.raises(ValueError, match="PackedAttention needs packed_seq_params: it takes packed rows only."):
         make_attention()(*row(torch.float32), None)
 
 
-def test_a_window_shorter_than_a_sequence_is_refused(megatron_on_cpu: None) -> None:
+def test_a_window_shorter_than_a_sequence_is_refused(one_rank: None) -> None:
     inputs = row(torch.float32)
     wide = make_attention(window_size=(8, 0))(*inputs, None, packed_seq_params=packed())  # 9 tokens see one another
     assert torch.equal(wide, make_attention()(*inputs, None, packed_seq_params=packed()))
@@ -99,14 +101,52 @@ def test_a_window_shorter_than_a_sequence_is_refused(megatron_on_cpu: None) -> N
         make_attention(window_size=(7, 0))(*inputs, None, packed_seq_params=packed())
 
 
-def test_the_layer_specification_is_importable_and_has_packed_attention(megatron_on_cpu: None) -> None:
-    import pickle
-
+def spec_of(vp_stage: int | None = None, **config: Any) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from orpo_megatron.core.attention import PackedAttention, packed_local_layer_spec
+    from orpo_megatron.core.attention import packed_local_layer_spec
 
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm")
-    spec = packed_local_layer_spec(config)
-    assert spec.submodules.self_attention.submodules.core_attention is PackedAttention
+    sizes: dict[str, Any] = dict(num_layers=2, hidden_size=8, num_attention_heads=2, normalization="RMSNorm")
+    return packed_local_layer_spec(TransformerConfig(**{**sizes, **config}), vp_stage)
+
+
+def test_the_layer_specification_is_importable(megatron_on_cpu: None) -> None:
+    import pickle
+
+    from orpo_megatron.core.attention import packed_local_layer_spec
+
     assert pickle.loads(pickle.dumps(packed_local_layer_spec)) is packed_local_layer_spec
+
+
+def test_all_layers_have_packed_attention_and_norms_for_sequence_parallel(one_rank: None) -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from orpo_megatron.core.attention import PackedAttention
+    from orpo_megatron.core.norm import LocalNorm
+
+    for qk_layernorm in (False, True):
+        block = spec_of(qk_layernorm=qk_layernorm)
+        assert len(block.layer_specs) == 2 and block.layer_norm is LocalNorm
+        for layer in (spec.submodules for spec in block.layer_specs):
+            attention = layer.self_attention.submodules
+            assert attention.core_attention is PackedAttention
+            assert layer.input_layernorm is layer.pre_mlp_layernorm is LocalNorm
+            expected = LocalNorm if qk_layernorm else IdentityOp
+            assert attention.q_layernorm is attention.k_layernorm is expected
+
+
+def test_a_virtual_stage_gets_its_own_layers(one_rank: None) -> None:
+    """8 layers in 2 stages of 2 chunks: the first stage has layers 0 and 1, then 4 and 5; M stands for experts."""
+    pattern = "MDDDMMDD"
+    settings: dict[str, Any] = dict(
+        num_layers=8,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        num_moe_experts=2,
+        moe_layer_freq=[int(kind == "M") for kind in pattern],
+    )
+    for vp_stage, kinds in enumerate((pattern[0:2], pattern[4:6])):
+        mlps = [layer.submodules.mlp for layer in spec_of(vp_stage, **settings).layer_specs]
+        modules = [getattr(mlp, "module", None) or mlp.func for mlp in mlps]
+        assert "".join("M" if "MoE" in module.__name__ else "D" for module in modules) == kinds

@@ -25,6 +25,8 @@ def scored_row(positions: list[int], labels: list[int]) -> PackedRow:
         score_labels=torch.tensor(labels, dtype=torch.int64),
         score_is_response=torch.ones(len(positions), dtype=torch.bool),
         score_lengths=torch.tensor([len(positions)]),
+        num_scored_tokens=torch.tensor([len(positions)]),
+        num_response_tokens=torch.tensor([len(positions)]),
         pair_ids=torch.arange(1),
         num_nll_tokens=len(positions),
         num_pairs=1,

@@ -36,7 +36,7 @@ class Store:
         return TokenizedPair(*(part.astype(np.int32) for part in parts))
 
 
-def rows_of(num_rows: int) -> list[PackedRow]:
+def rows_of(num_rows: int, sequence_multiple_of: int = 1) -> list[PackedRow]:
     """Returns the one step of all pairs, spread over so many rows."""
     plan = make_plan(
         LENGTHS,
@@ -47,6 +47,7 @@ def rows_of(num_rows: int) -> list[PackedRow]:
         shuffle=False,
         max_tokens_per_row=100,
         rows_per_step=num_rows,
+        sequence_multiple_of=sequence_multiple_of,
     )
     rows = PackedRows(Store(), plan, 0)
     return [rows[index] for index in range(len(rows))]
@@ -111,27 +112,44 @@ def test_the_share_is_scaled_by_microbatches_and_replicas(
     assert float(share) == pytest.approx(float(plain) * num_microbatches * replicas, rel=1e-6)
 
 
-def test_the_forward_step_hands_the_model_a_packed_row_and_scores_it(one_rank: None) -> None:
+class Model(torch.nn.Module):
+    """Scores the row that it is handed, and keeps what it was called with."""
+
+    def __init__(self, **config: Any) -> None:
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        super().__init__()
+        self.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, **config)
+        self.pre_process = True
+        self.weights = torch.nn.Parameter(WEIGHTS.clone())
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, **arguments: Any) -> torch.Tensor:
+        self.calls.append(arguments)
+        return logps_of(arguments["output_processor_context"], self.weights)
+
+
+@pytest.mark.parametrize("num_experts", [None, 2])
+def test_the_forward_step_hands_the_model_a_packed_row_and_scores_it(one_rank: None, num_experts: int | None) -> None:
     from orpo_megatron.core.head import score_tokens
     from orpo_megatron.core.step import make_forward_step, row_loss
 
-    first, second = rows_of(2)
-    calls: list[dict[str, Any]] = []
-
-    def model(**arguments: Any) -> torch.Tensor:
-        calls.append(arguments)
-        return logps_of(arguments["output_processor_context"], WEIGHTS)
-
+    first, second = rows_of(2, sequence_multiple_of=4)
+    model = Model(num_moe_experts=num_experts)
     objective = OrpoConfig(beta=0.2)
     rows = iter([first, second])
     forward_step = make_forward_step(objective, lambda: 6)
     for row in (first, second):
-        output, loss_function = forward_step(rows, model)  # type: ignore[arg-type]
+        output, loss_function = forward_step(rows, model)
         share, _ = loss_function(output)
-        assert float(share) == float(row_loss(row, objective, 6, logps_of(row, WEIGHTS))[0])
-        call = SimpleNamespace(**calls[-1])
+        assert float(share.detach()) == float(row_loss(row, objective, 6, logps_of(row, WEIGHTS))[0])
+        call = SimpleNamespace(**model.calls[-1])
         assert torch.equal(call.input_ids, row.tokens[None]) and torch.equal(call.position_ids, row.position_ids[None])
         assert call.output_processor is score_tokens and call.attention_mask is None
+        if num_experts:
+            assert torch.equal(call.padding_mask, row.padding_mask[None]) and row.padding_mask.any()
+        else:
+            assert call.padding_mask is None
         params = call.packed_seq_params
         assert params.qkv_format == "thd" and params.max_seqlen_q == params.max_seqlen_kv == row.max_seqlen
         assert torch.equal(params.cu_seqlens_q, row.cu_seqlens) and torch.equal(params.cu_seqlens_kv, row.cu_seqlens)

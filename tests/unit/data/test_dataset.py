@@ -88,6 +88,8 @@ def test_row_by_hand_prompt_and_response() -> None:
         "score_labels": [12, 13, 21, 22, 31, 23, 32, 33],
         "score_is_response": [False, False, True, True, True, True, True, True],
         "score_lengths": [4, 1, 1, 2],
+        "num_scored_tokens": [4, 1, 1, 2],
+        "num_response_tokens": [2, 1, 1, 2],
         "pair_ids": [1, 0],
         "num_nll_tokens": 5,
         "num_pairs": 2,
@@ -105,6 +107,8 @@ def test_row_by_hand_response_only_and_padded() -> None:
         "score_labels": [21, 22, 31],
         "score_is_response": [True, True, True],
         "score_lengths": [2, 1],
+        "num_scored_tokens": [2, 1],
+        "num_response_tokens": [2, 1],
         "pair_ids": [0],
         "num_nll_tokens": 2,
         "num_pairs": 1,
@@ -123,15 +127,43 @@ def test_row_without_pairs(multiple: int, length: int) -> None:
         "score_labels": [],
         "score_is_response": [],
         "score_lengths": [0],
+        "num_scored_tokens": [0],
+        "num_response_tokens": [0],
         "pair_ids": [],
         "num_nll_tokens": 4,
         "num_pairs": 1,
     }
 
 
-@pytest.mark.parametrize("rows_per_step", [1, 2])
-def test_types(rows_per_step: int) -> None:
-    row = rows_of([A], rows_per_step=rows_per_step)[rows_per_step - 1]
+def test_a_filled_row_without_pairs() -> None:
+    """The chosen side of the step's first pair (B in step 0, A in step 1) stands in, real tokens, none scored."""
+    plan = rows_of([B, A], pairs_per_step=1, rows_per_step=2, sequence_multiple_of=4).plan
+    filled = PackedRows([B, A], plan, PAD, fill_empty_rows=True)
+    assert values(filled[1]) == {
+        "tokens": [14, 23, PAD, PAD],
+        "position_ids": [0, 1, 2, 3],
+        "padding_mask": [False, False, True, True],
+        "cu_seqlens": [0, 4],
+        "score_positions": [],
+        "score_labels": [],
+        "score_is_response": [],
+        "score_lengths": [0],
+        "num_scored_tokens": [0],
+        "num_response_tokens": [0],
+        "pair_ids": [],
+        "num_nll_tokens": 1,
+        "num_pairs": 1,
+    }
+    assert filled[3].tokens.tolist() == [11, 12, 13, 21, 22, PAD, PAD, PAD]
+    assert filled[3].padding_mask.tolist() == [False] * 5 + [True] * 3
+    plain = PackedRows([B, A], plan, PAD)
+    for index in (0, 2):  # rows with pairs are as they were
+        assert values(filled[index]) == values(plain[index])
+
+
+@pytest.mark.parametrize(("rows_per_step", "fill"), [(1, False), (2, False), (2, True)])
+def test_types(rows_per_step: int, fill: bool) -> None:
+    row = PackedRows([A], rows_of([A], rows_per_step=rows_per_step).plan, PAD, fill)[rows_per_step - 1]
     dtypes = {name: v.dtype for name, v in vars(row).items() if torch.is_tensor(v)}
     assert dtypes.pop("cu_seqlens") == torch.int32
     assert dtypes.pop("padding_mask") == dtypes.pop("score_is_response") == torch.bool
@@ -195,6 +227,55 @@ def test_one_step_in_one_two_or_four_rows_covers_the_same_pairs(store: list[Pair
         )
 
     assert of_step(1) == of_step(2) == of_step(4)
+
+
+@given(
+    stores(),
+    st.sampled_from(["prompt_and_response", "response"]),
+    st.sampled_from([1, 2, 3, 4, 8, 12]),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_denominators_are_what_the_rows_hold(
+    store: list[Pair],
+    nll_scope: NllScope,
+    multiple: int,
+    pairs_per_step: int,
+    rows_multiple_of: int,
+    rows_to_spare: int,
+    fill: bool,
+) -> None:
+    """In any number of rows, with any padding: of a step in training, of all steps in an evaluation."""
+    shared: dict[str, Any] = dict(
+        nll_scope=nll_scope,
+        pairs_per_step=pairs_per_step,
+        max_tokens_per_row=64,
+        rows_multiple_of=rows_multiple_of,
+        sequence_multiple_of=multiple,
+    )
+    lengths = lengths_of(store)
+    num_steps = 2 * -(-len(store) // pairs_per_step)
+    train: dict[str, Any] = dict(**shared, num_steps=num_steps, seed=3, shuffle=True)
+    fewest = make_plan(lengths, **train).rows_per_step
+    plan = make_plan(lengths, **train, rows_per_step=fewest + rows_to_spare * rows_multiple_of)
+    eval_plan = make_eval_plan(lengths, **shared)
+
+    def held(rows: list[PackedRow]) -> tuple[int, int]:
+        chosen = [row.num_scored_tokens[: 2 * len(row.pair_ids) : 2] for row in rows]
+        return int(torch.cat(chosen).sum()), sum(len(row.pair_ids) for row in rows)
+
+    rows, size = every_row(PackedRows(store, plan, PAD, fill)), plan.rows_per_step
+    assert len(rows) == num_steps * size and size % rows_multiple_of == 0
+    for step in range(num_steps):
+        of_step = rows[step * size : (step + 1) * size]
+        denominators = (plan.num_nll_tokens(step), plan.num_pairs(step))
+        assert held(of_step) == denominators
+        assert {(row.num_nll_tokens, row.num_pairs) for row in of_step} == {denominators}
+    rows = every_row(PackedRows(store, eval_plan, PAD, fill))
+    assert {(row.num_nll_tokens, row.num_pairs) for row in rows} == {held(rows)}
+    assert held(rows)[1] == len(store)
 
 
 def test_eval_rows_carry_the_denominators_of_the_set() -> None:

@@ -144,6 +144,27 @@ def test_pairs_of_a_step_do_not_depend_on_how_it_is_packed(
         assert one.num_nll_tokens(step) == two.num_nll_tokens(step)
 
 
+@given(lengths_of_pairs(), plan_settings(), st.sampled_from(["prompt_and_response", "response"]))
+def test_denominators_are_those_of_the_pairs_in_the_rows(
+    lengths: PairLengths, settings: dict[str, Any], nll_scope: str
+) -> None:
+    """Counted pair by pair; a step's first tokens, which nothing predicts, are not in its NLL."""
+    plan = plan_of(lengths, nll_scope=nll_scope, **settings)
+    eval_settings = {k: v for k, v in settings.items() if k not in ("num_steps", "seed", "shuffle")}
+    eval_plan = make_eval_plan(lengths, nll_scope=nll_scope, **eval_settings)  # type: ignore[arg-type]
+
+    def counted(pairs: list[int]) -> tuple[int, int]:
+        scored_prompts = sum(int(lengths.prompt[p]) - 1 for p in pairs) if nll_scope != "response" else 0
+        return scored_prompts + sum(int(lengths.chosen[p]) for p in pairs), len(pairs)
+
+    for step in range(plan.num_steps):
+        in_rows = np.concatenate(plan.rows(step)).tolist()
+        assert (plan.num_nll_tokens(step), plan.num_pairs(step)) == counted(in_rows)
+    for step in range(eval_plan.num_steps):
+        whole_set = counted(list(range(len(lengths))))
+        assert (eval_plan.num_nll_tokens(step), eval_plan.num_pairs(step)) == whole_set
+
+
 @given(lengths_of_pairs(), plan_settings())
 def test_rows_fit_the_budget_and_fewer_would_not(lengths: PairLengths, settings: dict[str, Any]) -> None:
     plan = plan_of(lengths, **settings)

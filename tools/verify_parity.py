@@ -1,0 +1,99 @@
+"""Checks that a recipe's sharding computes what one process would, before a cluster's time is spent on it.
+
+    torchrun --nproc-per-node N tools/verify_parity.py RECIPE [section.key=value ...] [--against tp=1,pp=1]
+
+One global batch goes through the recipe's own sharding and through a reference, from the same weights: the loss, every
+metric and the gradient of every trainable parameter must agree. The reference is not split but for what --against
+names (tp, pp, vpp, cp, ep, etp, sp), as a large model has to be. Exit status: 0 if they agree, 1 if not, 2 if the
+recipe or the machine does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from orpo_megatron import cpu
+from orpo_megatron.bridge import parity
+from orpo_megatron.bridge.recipe import Recipe, load_recipe
+from orpo_megatron.config import ConfigError
+from orpo_megatron.console import logged_to, rank, say, tell_torchrun
+
+if TYPE_CHECKING:
+    from orpo_megatron.bridge.parity import Comparison
+
+EXIT_DIFFERENT, EXIT_ERROR = 1, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compares two shardings; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--against", default="", metavar="tp=1,pp=1", help="the reference's sharding (default: none)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help=f"largest error that passes (default: {parity.EXACT:g} in fp32, {parity.ROUNDED:g} with mixed_precision)",
+    )
+    args = parser.parse_intermixed_args(argv)
+    try:
+        recipe = parity.unobserved(load_recipe(args.recipe, args.overrides))
+        reference = parity.reference_recipe(recipe, parity.parse_sharding(args.against))
+        started = time.monotonic()
+        comparison = compare(recipe, reference, args.tolerance)
+    except ConfigError as error:
+        # Every rank finds the same error; one says it.
+        say(f"error: {error}")
+        tell_torchrun(str(error))
+        return EXIT_ERROR
+    if rank() == 0:
+        print(f"{comparison.table()}\n{time.monotonic() - started:.0f} s", flush=True)
+    return 0 if comparison.passed else EXIT_DIFFERENT
+
+
+def compare(recipe: Recipe, reference: Recipe, tolerance: float | None) -> Comparison:
+    """Prepares the data as a run would, then runs its first global batch twice."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from orpo_megatron.bridge import prepare  # transformers takes seconds to import
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    hf_config = prepare.load_hf_config(recipe)
+    prepare.check_pretrained(recipe, hf_config)
+    prepare.check_layout(reference, hf_config, world_size)
+    prepared = prepare.prepare_run(recipe, hf_config, world_size, None, show_progress=rank() == 0)
+    plan = prepared.plan
+    bound, exact = parity.bound_of(recipe, tolerance)
+    say(
+        f"{plan.num_pairs(0)} pairs in {plan.rows_per_step} rows on {world_size} processes\n"
+        f"reference    {parity.describe_sharding(reference, world_size)} (every replica runs all rows)\n"
+        f"recipe       {parity.describe_sharding(recipe, world_size)}"
+    )
+    if not exact:
+        say(
+            f"mixed_precision rounds: the bound is {bound:.0e}, and counts are shown but not judged. A small model in "
+            "fp32 on CPU ranks says more."
+        )
+    with logged_to(recipe.run_dir / "logs" / f"parity_rank_{rank()}.txt"):
+        if cpu.activate():
+            say("No GPU found: running on the CPU over gloo.")
+        from orpo_megatron.bridge.session import compare as compare_sessions
+
+        return compare_sessions(
+            recipe,
+            parity.first_batch(prepared.store, plan, plan.sequence_multiple_of),
+            reference,
+            parity.first_batch(prepared.store, plan, prepare.sequence_multiple(reference)),
+            hf_config,
+            num_steps=plan.num_steps,
+            folder=recipe.run_dir / "parity",
+            bound=bound,
+            exact=exact,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
