@@ -60,7 +60,7 @@ class DataConfig:
         overlong: ``drop`` a pair that is too long, or ``truncate`` it.
         pairs_per_step: Preference pairs in a global batch (an optimizer step).
         max_tokens_per_row: Token budget of a packed row; twice ``max_length`` where it is not given, which admits
-            every pair.
+            every pair unless padding makes one longer.
         rows_per_step: Packed rows in a global batch; planned where it is not given.
         pad_to_multiple_of: What the length of every packed sequence is padded to a multiple of, beside what the
             layout and the precision demand. At ``max_length`` every sequence takes as much as in a padded batch.

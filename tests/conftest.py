@@ -7,10 +7,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from launch import EVAL_PAIRS, REPO, TRAIN_PAIRS, TinyRecipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+settings.register_profile("tests", deadline=None)  # the machine may be busy
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -47,12 +47,17 @@ _REPLACED_SETTINGS = {
     "logger.tensorboard_dir": "TensorBoard files lie in run.dir.",
     "rng.data_parallel_random_init": "Replicas must start alike.",
 }
-#: Bridge's settings that must keep the value at which the loss is exact.
+#: Bridge's settings that must keep the value at which a run is exact and whole.
 _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.hidden_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
     "model.attention_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
     "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
     "model.should_pad_vocab": (False, "padding of the vocabulary would take part in the softmax"),
+    "ddp.check_for_nan_in_grad": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
+    "ddp.check_for_large_grads": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
+    "ddp.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
+    "dist.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
+    "dist.use_torch_fsdp2": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
     "model.moe_expert_capacity_factor": (None, "which tokens an expert drops would depend on how ranks are laid out"),
     "model.moe_expert_rank_capacity_factor": (
         None,
@@ -229,7 +234,7 @@ def _checked_section(name: str, section: Any, known: frozenset[str]) -> Any:
             raise ConfigError(f"{full} is not a setting.{nearest(str(key), names)}")
         if full in _REPLACED_SETTINGS and value is not None:
             raise ConfigError(f"{full} is not set in a recipe. {_REPLACED_SETTINGS[full]}")
-        if full in _EXACT_SETTINGS and value != _EXACT_SETTINGS[full][0]:
+        if full in _EXACT_SETTINGS and value not in (None, _EXACT_SETTINGS[full][0]):
             exact, reason = _EXACT_SETTINGS[full]
             raise ConfigError(f"{full} ({value}) must be {exact}: {reason}. Leave it out.")
     return dict(section)

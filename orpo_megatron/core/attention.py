@@ -115,7 +115,15 @@ def packed_local_layer_spec(config: TransformerConfig, vp_stage: int | None = No
     Args:
         config: Model configuration or provider.
         vp_stage: Virtual pipeline stage that the layers are for.
+
+    Raises:
+        ValueError: If the model has latent attention.
     """
+    if config.multi_latent_attention:
+        raise ValueError(
+            "Multi-latent attention needs Transformer Engine: there is no local layer with it for packed rows. Install "
+            "Transformer Engine and train on a GPU."
+        )
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
