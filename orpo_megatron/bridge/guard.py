@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.model_load_save import save_megatron_model
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
@@ -24,7 +25,7 @@ from orpo_megatron.core.step import make_forward_step
 _NAMED = 3
 #: Elements of a gradient buffer that are looked at in one go; 32 bits can number them.
 _PART = 2**30
-_KEPT = "Its rows are kept in {path}; replay them with tools/verify_parity.py RECIPE --batch {path}."
+_KEPT = "Its rows are kept in {path}; replay them with tools/verify_parity.py RECIPE --batch {path}{weights}."
 _REMEDY = (
     "No rank has taken the step. Look at these pairs, or lower optimizer.lr; the same command with "
     "run.on_nonfinite=skip goes on from the latest checkpoint without such steps."
@@ -73,7 +74,9 @@ class StepGuard(Callback):
             bad_loss, bad_gradient = self.check()
             if not (bad_loss or bad_gradient):
                 return take_step()
-            message = self.report(bad_loss)
+            # A run that goes on has no time for that, and an adapter alone is no model to start from.
+            keep_weights = self.policy == "stop" and context.state.cfg.peft is None
+            message = self.report(bad_loss, keep_weights)
             if self.policy == "stop":
                 raise ConfigError(message)
             say(message)
@@ -95,14 +98,15 @@ class StepGuard(Callback):
         bad_loss, bad_gradient = bad.tolist()
         return bool(bad_loss), bool(bad_gradient)
 
-    def report(self, bad_loss: bool) -> str:
+    def report(self, bad_loss: bool, keep_weights: bool) -> str:
         """Keeps the step's rows and says what is wrong; all ranks call it.
 
         Args:
             bad_loss: Whether a loss is not finite on any rank.
+            keep_weights: Whether to keep the weights that the step met as well.
 
         Returns:
-            The message, the same on all ranks. The file is complete by then.
+            The message, the same on all ranks. The files are complete by then.
         """
         parameters = self._bad_parameters()  # first: the search below leaves other gradients
         rows = [row for row, _ in self.seen]
@@ -116,7 +120,12 @@ class StepGuard(Callback):
         what = self._what(bad_loss, _from_all_ranks((mine, parameters)))
         path = self.folder / f"step_{self.step:06d}.pt"
         trouble = next(filter(None, _from_all_ranks(self._keep(path, what))), None)
-        kept = f"Its rows could not be kept: {trouble}." if trouble else _KEPT.format(path=path)
+        weights = ""
+        if keep_weights and not trouble:
+            folder = path.with_suffix("")
+            save_megatron_model(self.model, folder)
+            weights = f" checkpoint.pretrained_checkpoint={folder}"
+        kept = f"Its rows could not be kept: {trouble}." if trouble else _KEPT.format(path=path, weights=weights)
         return f"{what} {kept} {'The step is skipped on all ranks.' if self.policy == 'skip' else _REMEDY}"
 
     def _what(self, bad_loss: bool, ranks: Sequence[tuple[Found, list[str]]]) -> str:

@@ -121,7 +121,7 @@ def packed_local_layer_spec(config: TransformerConfig, vp_stage: int | None = No
     """
     if config.multi_latent_attention:
         raise ValueError(
-            "Multi-latent attention needs Transformer Engine: there is no local layer with it for packed rows. Install "
+            "Multi-latent attention needs Transformer Engine: no local layer has it for packed rows. Install "
             "Transformer Engine and train on a GPU."
         )
     block = get_gpt_decoder_block_spec(
