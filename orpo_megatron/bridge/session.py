@@ -132,7 +132,8 @@ class Session:
         replicas = parallel_state.get_data_parallel_world_size()
         if replicate:
             mine = [
-                replace(row, num_pairs=row.num_pairs, num_nll_tokens=replicas * row.num_nll_tokens) for row in rows
+                replace(row, num_pairs=replicas * row.num_pairs, num_nll_tokens=replicas * row.num_nll_tokens)
+                for row in rows
             ]
         else:
             mine = list(rows[parallel_state.get_data_parallel_rank() :: replicas])
@@ -155,7 +156,7 @@ class Session:
             p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config),
             pg_collection=groups,
         )
-        pass
+        self._gather_gradients()
         return self._metrics(losses)
 
     def _metrics(self, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:
