@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import socket
 import sys
 import textwrap
 from pathlib import Path
@@ -17,6 +15,7 @@ from orpo_megatron import __version__
 from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import logged_to, rank, say, tell_torchrun
+from orpo_megatron.machine import use_machine
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -98,34 +97,10 @@ def _make_folder(folder: Path, setting: str) -> None:
         raise ConfigError(f"{setting} ({folder}) cannot be made: {error.strerror}. Give another folder.") from error
 
 
-def _check_gpu_packages() -> None:
-    """Checks that what Megatron-Bridge needs on a GPU is installed."""
-    missing = [name for name in ("transformer_engine", "nvidia_resiliency_ext") if not importlib.util.find_spec(name)]
-    if missing:
-        raise ConfigError(
-            f"Training on a GPU needs {' and '.join(missing)}, which NVIDIA's NeMo image ships (see the Dockerfile). "
-            "To run on the CPU, set CUDA_VISIBLE_DEVICES= (empty)."
-        )
-
-
-def _one_process() -> None:
-    """Gives a run that torchrun did not start a free port, so that two such runs do not collide."""
-    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-
-
 def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
     """Imports Megatron and trains, its own output in a log file; returns whether the last step was reached."""
     with logged_to(recipe.run_dir / "logs" / f"rank_{rank()}.txt"):
-        from orpo_megatron import cpu
-
-        if cpu.activate():
-            say("No GPU found: running on the CPU over gloo (for first runs, tests and debugging).")
-        else:
-            _check_gpu_packages()
-        _one_process()
+        use_machine()
         from orpo_megatron.bridge.train import train
 
         return train(recipe, hf_config, prepared)

@@ -2,27 +2,30 @@
 
     torchrun --nproc-per-node N tools/verify_parity.py RECIPE [section.key=value ...] [--against tp=1,pp=1]
 
-One global batch goes through the recipe's own sharding and through a reference, from the same weights: the loss, every
-metric and the gradient of every trainable parameter must agree. The reference is not split but for what --against
-names (tp, pp, vpp, cp, ep, etp, sp), as a large model has to be. Exit status: 0 if they agree, 1 if not, 2 if the
-recipe or the machine does not fit.
+One global batch, the run's first or one that it kept, goes through the recipe's own sharding and through a reference,
+from the same weights: the loss, every metric and the gradient of every trainable parameter must agree. The reference
+is not split but for what --against names (tp, pp, vpp, cp, ep, etp, sp), as a large model has to be. Exit status: 0 if
+they agree, 1 if not, 2 if the recipe or the machine does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orpo_megatron import cpu
 from orpo_megatron.bridge import parity
 from orpo_megatron.bridge.recipe import Recipe, load_recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import logged_to, rank, say, tell_torchrun
+from orpo_megatron.machine import use_machine
 
 if TYPE_CHECKING:
+    from orpo_megatron.batch import PackedRow
     from orpo_megatron.bridge.parity import Comparison
 
 EXIT_DIFFERENT, EXIT_ERROR = 1, 2
@@ -35,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     parser.add_argument("--against", default="", metavar="tp=1,pp=1", help="the reference's sharding (default: none)")
     parser.add_argument(
+        "--batch", metavar="FILE", help="a step that a run kept (nonfinite/step_*.pt), to run it again"
+    )
+    parser.add_argument(
         "--tolerance",
         type=float,
         help=f"largest error that passes (default: {parity.EXACT:g} in fp32, {parity.ROUNDED:g} with mixed_precision)",
@@ -44,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = parity.unobserved(load_recipe(args.recipe, args.overrides))
         reference = parity.reference_recipe(recipe, parity.parse_sharding(args.against))
         started = time.monotonic()
-        comparison = compare(recipe, reference, args.tolerance)
+        comparison = compare(recipe, reference, args.tolerance, args.batch)
     except ConfigError as error:
         # Every rank finds the same error; one says it.
         say(f"error: {error}")
@@ -55,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if comparison.passed else EXIT_DIFFERENT
 
 
-def compare(recipe: Recipe, reference: Recipe, tolerance: float | None) -> Comparison:
-    """Prepares the data as a run would, then runs its first global batch twice."""
+def compare(recipe: Recipe, reference: Recipe, tolerance: float | None, batch: str | None) -> Comparison:
+    """Prepares the data as a run would, then runs its first global batch, or a kept one, twice."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from orpo_megatron.bridge import prepare  # transformers takes seconds to import
+    from orpo_megatron.bridge import kept, prepare  # transformers takes seconds to import
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     hf_config = prepare.load_hf_config(recipe)
@@ -66,9 +72,15 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None) -> Compa
     prepare.check_layout(reference, hf_config, world_size)
     prepared = prepare.prepare_run(recipe, hf_config, world_size, None, show_progress=rank() == 0)
     plan = prepared.plan
+    multiples = plan.sequence_multiple_of, prepare.sequence_multiple(reference)
+    if batch is None:
+        rows, reference_rows = (parity.first_batch(prepared.store, plan, multiple) for multiple in multiples)
+    else:
+        rows = reference_rows = kept.load_rows(batch)
+        check_batch(rows, batch, math.lcm(*multiples), plan.rows_per_step)
     bound, exact = parity.bound_of(recipe, tolerance)
     say(
-        f"{plan.num_pairs(0)} pairs in {plan.rows_per_step} rows on {world_size} processes\n"
+        f"{sum(len(row.pair_ids) for row in rows)} pairs in {len(rows)} rows on {world_size} processes\n"
         f"reference    {parity.describe_sharding(reference, world_size)} (every replica runs all rows)\n"
         f"recipe       {parity.describe_sharding(recipe, world_size)}"
     )
@@ -78,21 +90,39 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None) -> Compa
             "fp32 on CPU ranks says more."
         )
     with logged_to(recipe.run_dir / "logs" / f"parity_rank_{rank()}.txt"):
-        if cpu.activate():
-            say("No GPU found: running on the CPU over gloo.")
+        use_machine()
         from orpo_megatron.bridge.session import compare as compare_sessions
 
         return compare_sessions(
             recipe,
-            parity.first_batch(prepared.store, plan, plan.sequence_multiple_of),
+            rows,
             reference,
-            parity.first_batch(prepared.store, plan, prepare.sequence_multiple(reference)),
+            reference_rows,
             hf_config,
             num_steps=plan.num_steps,
             folder=recipe.run_dir / "parity",
             bound=bound,
             exact=exact,
         )
+
+
+def check_batch(rows: Sequence[PackedRow], file: str, multiple: int, rows_per_step: int) -> None:
+    """Checks that kept rows fit both sides.
+
+    Raises:
+        ConfigError: If a sequence's length or the number of rows does not.
+    """
+    if len(rows) != rows_per_step:
+        raise ConfigError(
+            f"{file} holds {len(rows)} rows, but the recipe plans {rows_per_step} a step on these processes. Set "
+            f"data.rows_per_step={len(rows)}."
+        )
+    for length in {int(length) for row in rows for length in row.cu_seqlens.diff()}:
+        if length % multiple:
+            raise ConfigError(
+                f"{file} holds a sequence of {length} tokens with padding, but these shardings take multiples of "
+                f"{multiple}. Use the sharding of the run that kept it."
+            )
 
 
 if __name__ == "__main__":

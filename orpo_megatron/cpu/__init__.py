@@ -171,6 +171,8 @@ def _redirect_cuda_runtime() -> None:
         answers[name] = constant(0)
     for name, answer in answers.items():
         setattr(cuda, name, answer)
+    for name in ("get_rng_state", "set_rng_state"):
+        setattr(cuda.random, name, answers[name])  # activation recomputation asks here
     # torch.optim asks the accelerator whether a CUDA graph is being captured.
     torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # type: ignore[method-assign]
 

@@ -122,6 +122,16 @@ def test_a_loss_stops_all_ranks(tiny: TinyRecipe, bad_model: Callable[..., BadMo
     assert losses.isnan().tolist() == [number == bad.row for number in range(ROWS)]
     assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, bad.step))
 
+    # What the message says replays the step: the rows that were kept, on the weights that they met.
+    (replay,) = re.findall(
+        r"(tools/verify_parity.py) RECIPE (--batch \S+) (checkpoint.pretrained_checkpoint=\S+)\.", message
+    )
+    recipe = tiny.arguments(tmp_path / "replay", *bad.overrides)
+    outcome = tiny.command(replay[0], *recipe, *replay[1].split(), replay[2]).wait()
+    assert outcome.code == 1, outcome.output
+    assert re.search(r"^loss +nan +nan ", outcome.output, re.MULTILINE)
+    assert f"in {ROWS} rows on 1 processes" in outcome.output
+
 
 def test_a_step_is_skipped_on_all_ranks(tiny: TinyRecipe, bad_model: Callable[..., BadModel], tmp_path: Path) -> None:
     bad = bad_model(0.0, SMALL_EPSILON, "run.on_nonfinite=skip")
