@@ -16,12 +16,12 @@ export HF_HUB_OFFLINE := 1
 # Reads a pin from constraints.txt, so that every version stands in one place.
 pin = $(shell grep -E '^$(1)==' constraints.txt)
 
-.PHONY: help venv test lint types unit demo format clean
+.PHONY: help venv test lint types unit mutations demo format clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## set up .venv with pinned versions
 
@@ -48,6 +48,9 @@ types: $(STAMP)  ## types
 
 unit: $(STAMP)  ## tests only
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
+
+mutations: $(STAMP)  ## break the code on purpose, one mistake after another, and see a test fail
+	$(PY) tests/mutations.py
 
 demo: $(STAMP)  ## train SmolLM2-135M on two CPU processes and show what changed
 	$(PY) tools/demo.py

@@ -1,0 +1,141 @@
+"""Breaks the code on purpose, one mistake after another, and sees that a test fails: ``make mutations``.
+
+Each mistake is one that a careful person could make. They are made in a copy of the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake and the tests that have to see it.
+
+    Attributes:
+        name: What goes wrong.
+        file: Where, from the repository's root.
+        old: Text that occurs once in the file.
+        new: What stands there instead.
+        tests: Arguments of pytest.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "the odds-ratio term is scaled by the context-parallel size",
+        "orpo_megatron/core/step.py",
+        "beta=objective.beta,",
+        "beta=objective.beta * cp_group.size(),",
+        ("tests/unit/core/test_two_ranks.py",),
+    ),
+    Mutation(
+        "the last token of a sequence is not scored",
+        "orpo_megatron/data/dataset.py",
+        "scored = np.arange(first_scored, len(tokens))",
+        "scored = np.arange(first_scored, len(tokens) - 1)",
+        ("tests/unit/data/test_dataset.py",),
+    ),
+    Mutation(
+        "padding is scored",
+        "orpo_megatron/data/dataset.py",
+        "scored = np.arange(first_scored, len(tokens))",
+        "scored = np.arange(first_scored, length)",
+        ("tests/unit/data/test_dataset.py",),
+    ),
+    Mutation(
+        "the loss is a mean of the microbatches' means",
+        "orpo_megatron/core/step.py",
+        "num_nll_tokens=row.num_nll_tokens,",
+        "num_nll_tokens=int(logps.nll_lengths.sum()) * num_microbatches,",
+        ("tests/unit/core/test_step.py",),
+    ),
+    Mutation(
+        "chosen and rejected are swapped",
+        "orpo_megatron/segments.py",
+        "chosen_logps=logps[0::2],\n        rejected_logps=logps[1::2],",
+        "chosen_logps=logps[1::2],\n        rejected_logps=logps[0::2],",
+        ("tests/unit/test_segments.py",),
+    ),
+    Mutation(
+        "sums over context ranks are added up again on the way back",
+        "orpo_megatron/segments.py",
+        "        return grad, None\n",
+        "        dist.all_reduce(grad := grad.clone())\n        return grad, None\n",
+        ("tests/unit/test_segments.py",),
+    ),
+    Mutation(
+        "the end of sequence is left out",
+        "orpo_megatron/data/tokens.py",
+        "return [*ids, eos]",
+        "return ids",
+        ("tests/unit/data/test_tokens.py",),
+    ),
+    Mutation(
+        "attention reaches across sequences",
+        "orpo_megatron/core/attention.py",
+        "lengths = packed_seq_params.cu_seqlens_q.diff().tolist()",
+        "lengths = [int(packed_seq_params.cu_seqlens_q[-1])]",
+        ("tests/unit/core/test_attention.py",),
+    ),
+    Mutation(
+        "log-probs are averaged in bf16",
+        "orpo_megatron/segments.py",
+        "row.num_response_tokens[:sequences]).float()",
+        "row.num_response_tokens[:sequences]).bfloat16().float()",
+        ("tests/unit/test_segments.py",),
+    ),
+)
+
+
+def passes(folder: Path, tests: tuple[str, ...]) -> bool:
+    """Runs tests in a copy of the repository; pytest itself must not fail."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        sys.exit(f"{' '.join(command)} could not run the tests:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Returns 0 if every mistake is seen."""
+    survived = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / REPO.name
+        shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "build"))
+        for tests in sorted({mutation.tests for mutation in MUTATIONS}):
+            if not passes(folder, tests):
+                sys.exit(f"{' '.join(tests)} fails before anything is broken.")
+        for mutation in MUTATIONS:
+            path, started = folder / mutation.file, time.monotonic()
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutation.old) != 1:
+                sys.exit(f"{mutation.file} must hold {mutation.old!r} once, to be broken: {mutation.name}.")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            seen = not passes(folder, mutation.tests)
+            path.write_text(text, encoding="utf-8")
+            survived += [] if seen else [mutation.name]
+            seconds = time.monotonic() - started
+            print(f"{'seen    ' if seen else 'SURVIVED'}  {seconds:4.0f} s  {mutation.name}", flush=True)
+    print(f"{len(MUTATIONS) - len(survived)} of {len(MUTATIONS)} mistakes are seen.")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
