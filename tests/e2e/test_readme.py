@@ -51,6 +51,7 @@ def test_every_command_is_tested_below() -> None:
         "model.tensor_model_parallel_size=2",
         "python -m orpo_megatron.train recipes/tiny_cpu.yaml orpo.beta=0.2 --dry-run",
         "torchrun --nproc-per-node 8 -m orpo_megatron.train recipes/mistral_7b_ultrafeedback.yaml",
+        "torchrun --nproc-per-node 2 tools/verify_parity.py recipes/tiny_cpu.yaml model.tensor_model_parallel_size=2",
         f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron",
         "python tools/convert.py export runs/tiny_cpu runs/tiny_cpu_hf",
     ]
@@ -97,6 +98,13 @@ def test_train_and_export(tiny: TinyRecipe, tmp_path: Path) -> None:
     export = the("convert.py export").replace("runs/tiny_cpu_hf", str(folder)).replace("runs/tiny_cpu", str(run_dir))
     tiny.command(*arguments(export)).succeed()
     assert (folder / "model.safetensors").read_bytes() == (run_dir / "hf" / "model.safetensors").read_bytes()
+
+
+def test_verify_parity(tiny: TinyRecipe, tmp_path: Path) -> None:
+    output = tiny.command(*arguments(the("verify_parity"), *short(tiny, tmp_path / "run"))).succeed()
+    assert "recipe       tensor 2" in output and "gradient, worst 10 of 26 " in output
+    (error,) = re.findall(r"^PASS: the worst error is (\S+), the bound 1e-05\.$", output, re.MULTILINE)
+    assert 0 < float(error) < 1e-5
 
 
 def test_dry_runs(tiny: TinyRecipe, tmp_path: Path) -> None:
