@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from orpo_megatron.bridge.parity import metric_errors
+
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "recipes" / "tiny_cpu.yaml"
 TIMEOUT = 300.0
@@ -26,11 +27,6 @@ STEPS, EVAL_INTERVAL, SAVE_INTERVAL = 10, 5, 4
 # An epoch of 25 pairs ends in a step of a single one, which leaves most rows without any.
 TRAIN_PAIRS, EVAL_PAIRS, PAIRS_PER_STEP = 25, 10, 6
 PAIRS_OF_STEPS = [6, 6, 6, 6, 1] * 2
-
-#: Metrics that are counts or follow from the plan: equal, not merely close.
-COUNTED = ("step", "tokens", "pairs", "learning_rate", "rewards/accuracies", "capped_pairs")
-#: Differences of log-probs, which may be near 0 themselves: measured against the larger log-prob.
-DIFFERENCES = ("logps/margins", "log_odds_chosen")
 
 
 @dataclass(frozen=True)
@@ -188,25 +184,11 @@ def worst_errors(reference: list[dict[str, Any]], other: list[dict[str, Any]], b
         beta: Weight of the odds-ratio loss, which scales rewards.
 
     Returns:
-        The largest error of each metric over all lines: 0 or infinity for counts, relative to the larger log-prob
-        for differences of log-probs, else relative to the value itself.
+        The largest error of each metric over all lines, as ``metric_errors`` defines it.
     """
     assert [sorted(record) for record in other] == [sorted(record) for record in reference]
     worst: dict[str, float] = {}
     for right, record in zip(timeless(reference), timeless(other), strict=True):
-        for key, value in right.items():
-            # An evaluation's names have a prefix and, over pairs of some length, a bucket: eval_logps/chosen/64-255.
-            match = re.fullmatch(r"(eval_)?(.+?)(/\d+-(?:\d+|up))?", key)
-            assert match is not None
-            prefix, name, bucket = match.groups(default="")
-            if name in COUNTED:
-                error = 0.0 if record[key] == value else math.inf
-            else:
-                scale = abs(value)
-                if name in DIFFERENCES or name == "rewards/margins":
-                    scale = max(abs(right[f"{prefix}logps/{side}{bucket}"]) for side in ("chosen", "rejected"))
-                    scale *= beta if name == "rewards/margins" else 1.0
-                error = abs(record[key] - value) / scale
-            # A NaN is no number to be close to, and max() would lose it.
-            worst[key] = max(worst.get(key, 0.0), math.inf if math.isnan(error) else error)
+        for name, error in metric_errors(right, record, beta).items():
+            worst[name] = max(worst.get(name, 0.0), error)
     return worst

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matrix import LAYOUTS, Case, Layout, cases
+from layouts import LAYOUTS, MODELS, PAIRS, Case, cases
 
 from launch import Command
 
@@ -60,24 +60,33 @@ def beyond_bound(record: dict[str, Any]) -> dict[str, float]:
     return {name: error for name, error in errors.items() if not error <= BOUND}
 
 
-ALL_CASES = [(name, case) for name, layout in LAYOUTS.items() for case in cases(layout)]
+def with_mutation(what: str) -> list[str]:
+    return [name for name, layout in LAYOUTS.items() if what in layout.mutations]
 
 
-@pytest.mark.parametrize(
-    ("name", "case"), ALL_CASES, ids=[f"{n}-{c.padding}-{c.scope}-{c.microbatches}" for n, c in ALL_CASES]
-)
+ALL_CASES = {
+    f"{name}-{case.padding}-{case.scope}-{case.microbatches}{'' if case.pairs == PAIRS else '-ragged'}": (name, case)
+    for name, layout in LAYOUTS.items()
+    for case in cases(layout)
+}
+
+
+@pytest.mark.parametrize(("name", "case"), ALL_CASES.values(), ids=ALL_CASES)
 def test_every_gradient_and_metric_equals_one_process(results: Results, name: str, case: Case) -> None:
     (record,) = find(results, name, "case", **vars(case))
 
     assert beyond_bound(record) == {}
     assert record["unmatched"] == []
-    parts = num_parameters(LAYOUTS[name])
-    assert (len(record["metrics"]), len(record["gradients"])) == (13, parts)
+    parameters = MODELS[LAYOUTS[name].model].parameters
+    assert (len(record["metrics"]), len(record["gradients"])) == (13, parameters)
 
 
-def num_parameters(layout: Layout) -> int:
-    """Counts parameters: of a dense layer 6; of a layer of 4 experts, 9 and two for each expert."""
-    return 2 + 4 * 6 if layout.model == "dense" else 3 + 4 * (7 + 2 * 4)
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.model == "adapters"])
+def test_adapters_alone_are_trained_and_saved(results: Results, name: str) -> None:
+    (record,) = find(results, name, "adapters")
+
+    assert len(record["trained"]) == 32 and all(".adapter." in part for part in record["trained"])
+    assert record["saved"] == record["trained"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -89,30 +98,27 @@ def test_a_session_leaves_nothing_behind(results: Results, name: str) -> None:
     assert record["groups"] == 1  # the one of all ranks
 
 
-MUTANTS = [name for name, layout in LAYOUTS.items() if layout.mutate]
-
-
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", with_mutation("loss doubled"))
 def test_a_doubled_loss_is_seen_everywhere(results: Results, name: str) -> None:
-    (record,) = find(results, name, "mutation", what="loss doubled")
+    (record,) = find(results, name, "mutation", mutation="loss doubled")
 
     assert set(record["gradients"]) <= set(beyond_bound(record))
     assert all(error == pytest.approx(1, rel=0.01) for error in record["gradients"].values())
     assert record["metrics"]["loss"] == pytest.approx(0, abs=BOUND)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", with_mutation("copy off"))
 def test_a_wrong_copy_on_one_rank_is_seen_where_it_is(results: Results, name: str) -> None:
-    (off,) = find(results, name, "mutation", what="copy off")
-    (nan,) = find(results, name, "mutation", what="copy NaN")
+    (off,) = find(results, name, "mutation", mutation="copy off")
+    (nan,) = find(results, name, "mutation", mutation="copy NaN")
 
     assert beyond_bound(off) == {"decoder.final_layernorm.weight": pytest.approx(1e-3, rel=0.01)}
     assert beyond_bound(nan) == {"decoder.final_layernorm.weight": float("inf")}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", with_mutation("pairs missing"))
 def test_missing_pairs_are_seen_in_metrics_and_gradients(results: Results, name: str) -> None:
-    (record,) = find(results, name, "mutation", what="pairs missing")
+    (record,) = find(results, name, "mutation", mutation="pairs missing")
 
     wrong = beyond_bound(record)
     assert {"logps/chosen", "nll_loss", "embedding.word_embeddings.weight"} <= set(wrong)
