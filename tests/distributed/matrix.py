@@ -8,6 +8,7 @@ run every layout of their number (``layouts.py``), and append one line for each 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,7 +27,6 @@ from layouts import (
     MODELS,
     PROMPTS,
     REJECTED,
-    SCOPES,
     SIZES,
     Case,
     Layout,
@@ -195,7 +195,26 @@ def run_case(session: Any, layout: Layout, case: Case, reference: dict[str, Any]
     """Runs one batch; returns the errors of all metrics and gradients, and data ranks without pairs."""
     rows = case_rows(layout, case)
     idle = sum(not any(len(row.pair_ids) for row in rows[rank :: layout.replicas]) for rank in range(layout.replicas))
-    return {"idle": idle, **run_rows(session, rows, case.scope, reference, replicate=layout.replicate)}
+    with count_runs(session, layout.recomputed) as runs:
+        result = run_rows(session, rows, case.scope, reference, replicate=layout.replicate)
+    return {"idle": idle, "runs": runs[0] / case.microbatches, **result}
+
+
+@contextlib.contextmanager
+def count_runs(session: Any, part: str) -> Iterator[list[float]]:
+    """Counts how often a part of a layer runs forward, as a mean over this rank's layers."""
+    from megatron.core.utils import unwrap_model
+
+    layers = [layer for chunk in unwrap_model(session.model) for layer in chunk.decoder.layers] if part else []
+    runs = [0.0]
+
+    def count(*_: Any) -> None:
+        runs[0] += 1 / len(layers)
+
+    hooks = [layer.get_submodule(part).register_forward_hook(count) for layer in layers]
+    yield runs
+    for hook in hooks:
+        hook.remove()
 
 
 def run_rows(
