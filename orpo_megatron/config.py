@@ -123,7 +123,8 @@ class RunConfig:
         progress: Progress bar: ``auto`` shows it in a terminal and plain lines elsewhere. (Not ``off``, which YAML
             reads as a truth value.)
         on_nonfinite: What all ranks do about a step whose loss or gradient is NaN or infinite on any of them:
-            ``stop`` the run or ``skip`` the step. The step's rows are kept in ``dir/nonfinite``.
+            ``stop`` the run or ``skip`` the step, though not more than 9 in a row. The step's rows are kept in
+            ``dir/nonfinite``, and where the run stops its weights as well.
     """
 
     dir: str

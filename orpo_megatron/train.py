@@ -164,19 +164,12 @@ def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
 
 def _announce(recipe: Recipe, prepared: Prepared, step: int, world_size: int) -> None:
     """Says what is about to be trained."""
+    from orpo_megatron.bridge.parity import describe_sharding
+
     say(prepared.store.report.summary())
     say(str(prepared.plan.summary()))
-    sizes = {
-        "tensor": recipe.parallel_size("tensor_model"),
-        "pipeline": recipe.parallel_size("pipeline_model"),
-        "data": recipe.data_parallel_size(world_size),
-        "context": recipe.parallel_size("context"),
-        "expert": recipe.parallel_size("expert_model"),
-    }
-    always = ("tensor", "pipeline", "data")
-    split = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in always)
     say(f"objective    beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope} by {recipe.orpo.nll_reduction}")
-    say(f"processes    {world_size} ({split})")
+    say(f"processes    {world_size} ({describe_sharding(recipe, world_size)})")
     if step:
         say(f"Resuming after step {step}.")
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError, checked_value, nearest
 
 Settings = TypeVar("Settings")
@@ -41,6 +42,32 @@ def apply_settings(target: Settings, values: Mapping[str, Any], section: str) ->
 def build_settings(cls: type[Settings], values: Mapping[str, Any], section: str, **defaults: Any) -> Settings:
     """Builds one of Bridge's configuration objects from our defaults and a recipe's values, which win."""
     return apply_settings(cls(**defaults), values, section)
+
+
+def check_kept(container: Any, recipe: Recipe) -> None:
+    """Checks that Bridge has kept the numbers, words and truth values that the recipe gives.
+
+    Args:
+        container: Bridge's configuration, finalised.
+        recipe: The recipe.
+
+    Raises:
+        ConfigError: Naming the first setting that Bridge has changed, because it follows from others.
+    """
+    for section, values in recipe.sections.items():
+        target = getattr(container, section, None)
+        for key, given in values.items() if isinstance(values, Mapping) else ():
+            final = getattr(target, key, None)
+            if given is None or not isinstance(given, (bool, int, float, str)):
+                continue
+            if isinstance(final, torch.dtype):
+                final = str(final).removeprefix("torch.")
+                given = str(given).removeprefix("torch.")
+            if isinstance(final, (bool, int, float, str)) and final != given:
+                raise ConfigError(
+                    f"{section}.{key} ({given}) would become {final}: it follows from other settings, such as "
+                    "mixed_precision. Leave it out, or change what it follows from."
+                )
 
 
 def _hints(cls: type) -> dict[str, Any]:

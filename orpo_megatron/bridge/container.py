@@ -138,6 +138,9 @@ def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan
     """Returns the settings that follow from the plan and the run, and our defaults where Bridge's do not fit."""
     checkpoints = str(recipe.run_dir / CHECKPOINTS)
     weight_decay = recipe.setting("optimizer.weight_decay", 0.0)
+    # Bridge wants the two alike; what the recipe says of one holds for both.
+    given = (recipe.setting(f"{section}.use_distributed_optimizer") for section in ("ddp", "optimizer"))
+    distributed = next((value for value in given if value is not None), True)
     return {
         "train": {
             "train_iters": num_steps,
@@ -154,10 +157,11 @@ def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan
             "lr": 5e-6,
             "min_lr": 0.0,
             "weight_decay": weight_decay,
-            "use_distributed_optimizer": True,
+            "use_distributed_optimizer": distributed,
         },
         "scheduler": {"start_weight_decay": weight_decay, "end_weight_decay": weight_decay},
-        "ddp": {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True},
+        "ddp": {"use_distributed_optimizer": distributed, "grad_reduce_in_fp32": True},
+        "comm_overlap": {"tp_comm_overlap": False},
         "checkpoint": {
             "save": checkpoints,
             "load": checkpoints,

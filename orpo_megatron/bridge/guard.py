@@ -23,6 +23,8 @@ from orpo_megatron.core.step import make_forward_step
 
 #: How many rows, and how many parameters, a message names.
 _NAMED = 3
+#: After so many skipped steps one after another a run stops.
+_SKIPS_IN_A_ROW = 10
 #: Elements of a gradient buffer that are looked at in one go; 32 bits can number them.
 _PART = 2**30
 _KEPT = "Its rows are kept in {path}; replay them with tools/verify_parity.py RECIPE --batch {path}{weights}."
@@ -41,16 +43,25 @@ class StepGuard(Callback):
     ranks, and one wait for the device, as the gradient norm takes one. Rows stay on the host until the next step.
     """
 
-    def __init__(self, run: RunConfig, objective: OrpoConfig, source: Callable[[int], tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        objective: OrpoConfig,
+        source: Callable[[int], tuple[str, int]],
+        keep_weights: bool = True,
+    ) -> None:
         """Prepares a guard; it stands from ``on_train_start`` on.
 
         Args:
             run: Says what to do, and where the files go.
             objective: The loss, to find out which rows a gradient comes from.
             source: Tells the file and line of a pair, for messages.
+            keep_weights: Whether a run that stops keeps the weights that the step met. Adapters alone are no model
+                that the step could be run on again.
         """
         self.folder, self.policy = Path(run.dir) / FOLDER, run.on_nonfinite
         self.objective, self.source = objective, source
+        self.keep_weights, self.skipped = keep_weights and run.on_nonfinite == "stop", 0
         self.seen: list[tuple[PackedRow, torch.Tensor]] = []
 
     def observe(self, row: PackedRow, loss: torch.Tensor) -> None:
@@ -73,12 +84,14 @@ class StepGuard(Callback):
         def step() -> Any:
             bad_loss, bad_gradient = self.check()
             if not (bad_loss or bad_gradient):
+                self.skipped = 0
                 return take_step()
-            # A run that goes on has no time for that, and an adapter alone is no model to start from.
-            keep_weights = self.policy == "stop" and context.state.cfg.peft is None
-            message = self.report(bad_loss, keep_weights)
+            message = self.report(bad_loss)
+            self.skipped += 1
             if self.policy == "stop":
                 raise ConfigError(message)
+            if self.skipped == _SKIPS_IN_A_ROW:
+                raise ConfigError(f"{message} So were the {_SKIPS_IN_A_ROW - 1} before it: the model has diverged.")
             say(message)
             return False, None, None  # as Megatron's optimizers say that they skipped a step
 
@@ -98,12 +111,11 @@ class StepGuard(Callback):
         bad_loss, bad_gradient = bad.tolist()
         return bool(bad_loss), bool(bad_gradient)
 
-    def report(self, bad_loss: bool, keep_weights: bool) -> str:
+    def report(self, bad_loss: bool) -> str:
         """Keeps the step's rows and says what is wrong; all ranks call it.
 
         Args:
             bad_loss: Whether a loss is not finite on any rank.
-            keep_weights: Whether to keep the weights that the step met as well.
 
         Returns:
             The message, the same on all ranks. The files are complete by then.
@@ -120,13 +132,18 @@ class StepGuard(Callback):
         what = self._what(bad_loss, _from_all_ranks((mine, parameters)))
         path = self.folder / f"step_{self.step:06d}.pt"
         trouble = next(filter(None, _from_all_ranks(self._keep(path, what))), None)
-        weights = ""
-        if keep_weights and not trouble:
-            folder = path.with_suffix("")
-            save_megatron_model(self.model, folder)
-            weights = f" checkpoint.pretrained_checkpoint={folder}"
+        weights = "" if trouble or not self.keep_weights else self._keep_weights(path.with_suffix(""))
         kept = f"Its rows could not be kept: {trouble}." if trouble else _KEPT.format(path=path, weights=weights)
         return f"{what} {kept} {'The step is skipped on all ranks.' if self.policy == 'skip' else _REMEDY}"
+
+    def _keep_weights(self, folder: Path) -> str:
+        """Writes the weights, which no rank has changed yet; returns how to start from them, nothing if that fails."""
+        done = True
+        try:
+            save_megatron_model(self.model, folder)
+        except Exception:  # whatever it is, what the step was must still be said
+            done = False
+        return f" checkpoint.pretrained_checkpoint={folder}" if all(_from_all_ranks(done)) else ""
 
     def _what(self, bad_loss: bool, ranks: Sequence[tuple[Found, list[str]]]) -> str:
         """Says what is not finite, and where, from what each rank found."""

@@ -67,8 +67,12 @@ def make_provider(
     if here:
         fit_to_machine(provider)
     elif not HAVE_TE:
-        provider.apply_rope_fusion = False  # Megatron-Core refuses even to describe it without Transformer Engine
+        # Megatron-Core refuses even to describe these without Transformer Engine.
+        provider.apply_rope_fusion = provider.moe_permute_fusion = provider.moe_router_fusion = False
     apply_settings(provider, recipe.sections["model"], "model")
+    if provider.virtual_pipeline_model_parallel_size == 1:
+        provider.virtual_pipeline_model_parallel_size = None  # else the schedule would be the interleaved one
+    _check_experts(provider)
     if getattr(provider, "mtp_num_layers", None):
         raise ConfigError(
             f"model.mtp_num_layers ({provider.mtp_num_layers}) must be null: this version does not train multi-token "
@@ -79,11 +83,43 @@ def make_provider(
             f"model.expert_tensor_parallel_size ({provider.expert_tensor_parallel_size}) must be 1 on a CPU: gloo "
             "lacks the uneven all-gather that a split expert takes. Leave it out."
         )
+    if here and is_local(provider) and "layernorm" in (provider.recompute_modules or ()):
+        raise ConfigError(
+            f"model.recompute_modules ({provider.recompute_modules}) must not name layernorm without Transformer "
+            "Engine, which Megatron-Core asks about FP8 whenever it recomputes a norm. Leave it out."
+        )
     if here and not is_local(provider) and not recipe.sections.get("mixed_precision"):
         raise ConfigError(
             "mixed_precision is missing, but packed attention on a GPU takes bf16 or fp16 only. Set it to bf16_mixed."
         )
     return provider
+
+
+def _check_experts(provider: GPTModelProvider) -> None:
+    """Checks how a mixture of experts balances its load.
+
+    Raises:
+        ConfigError: If a kind of balancing is unknown, or would make the loss depend on how ranks are laid out.
+    """
+    if not provider.num_moe_experts:
+        return
+    if provider.moe_router_enable_expert_bias:
+        raise ConfigError(
+            "model.moe_router_enable_expert_bias (True) must be False: Megatron-Core 0.19 miscounts tokens for it "
+            "where there is padding."
+        )
+    kinds, coefficients = provider.moe_router_load_balancing_type, provider.moe_aux_loss_coeff
+    if isinstance(kinds, str) != isinstance(coefficients, (int, float)):
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff ({coefficients}) must be a number for one model.moe_router_load_balancing_type "
+            f"and a list for a list of them ({kinds})."
+        )
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if kind not in ("none", "aux_loss", "seq_aux_loss"):
+            raise ConfigError(
+                f"model.moe_router_load_balancing_type ({kind}) must be none, aux_loss or seq_aux_loss: with another "
+                "one the loss would depend on how ranks are laid out."
+            )
 
 
 def is_local(provider: GPTModelProvider) -> bool:

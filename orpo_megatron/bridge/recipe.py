@@ -46,11 +46,16 @@ _REPLACED_SETTINGS = {
     "checkpoint.pretrained_checkpoint.",
     "logger.tensorboard_dir": "TensorBoard files lie in run.dir.",
     "rng.data_parallel_random_init": "Replicas must start alike.",
+    "rerun_state_machine.check_for_nan_in_loss": "run.on_nonfinite says what happens then, on all ranks alike.",
+    "model.cross_entropy_loss_fusion": "The head computes log-probs, not Megatron's cross entropy.",
 }
+_LAYOUT = "the loss would depend on how ranks are laid out"
+_VARYING = "rows differ in length"
 #: Bridge's settings that must keep the value at which a run is exact and whole.
 _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
-    "model.hidden_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
-    "model.attention_dropout": (0.0, "dropout would make the loss depend on how ranks are laid out"),
+    "model.hidden_dropout": (0.0, _LAYOUT),
+    "model.attention_dropout": (0.0, _LAYOUT),
+    "peft.dropout": (0.0, _LAYOUT),
     "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
     "model.should_pad_vocab": (False, "padding of the vocabulary would take part in the softmax"),
     "ddp.check_for_nan_in_grad": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
@@ -58,15 +63,26 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "ddp.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
     "dist.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
     "dist.use_torch_fsdp2": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
-    "model.moe_expert_capacity_factor": (None, "which tokens an expert drops would depend on how ranks are laid out"),
-    "model.moe_expert_rank_capacity_factor": (
-        None,
-        "which tokens a rank drops would depend on how ranks are laid out",
-    ),
-    "model.moe_input_jitter_eps": (None, "noise would make the loss depend on how ranks are laid out"),
+    "dist.use_decentralized_pg": (False, "the loss asks Megatron-Core's parallel_state for its groups"),
+    "model.moe_expert_capacity_factor": (None, _LAYOUT),
+    "model.moe_expert_rank_capacity_factor": (None, _LAYOUT),
+    "model.moe_input_jitter_eps": (None, _LAYOUT),
+    "model.moe_router_force_load_balancing": (False, "it routes at random"),
+    "model.moe_router_force_biased": (None, "it routes at random"),
+    "model.tp_comm_overlap": (False, f"its buffers have one size, and {_VARYING}"),
+    "comm_overlap.tp_comm_overlap": (False, f"its buffers have one size, and {_VARYING}"),
+    "model.overlap_moe_expert_parallel_comm": (False, "its schedule takes no output processor"),
+    "comm_overlap.overlap_moe_expert_parallel_comm": (False, "its schedule takes no output processor"),
+    "model.hybrid_context_parallel": (False, "its schedule packs rows by itself"),
 }
 #: Bridge's settings that are used before Bridge could check them.
-_WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "checkpoint.save_interval", "rng.seed") + tuple(
+_WHOLE_NUMBERS = (
+    "train.train_iters",
+    "validation.eval_interval",
+    "checkpoint.save_interval",
+    "rng.seed",
+    "model.microbatch_group_size_per_vp_stage",
+) + tuple(
     f"model.{kind}_parallel_size"
     for kind in (
         "tensor_model",
@@ -77,6 +93,21 @@ _WHOLE_NUMBERS = ("train.train_iters", "validation.eval_interval", "checkpoint.s
         "expert_tensor",
     )
 )
+#: Settings that say how a run is laid out and computed: they change neither its model nor its data.
+LAYOUT_SETTINGS = frozenset(
+    f"model.{name}"
+    for name in (
+        "microbatch_group_size_per_vp_stage",
+        "overlap_p2p_comm",
+        "batch_p2p_comm",
+        "cp_comm_type",
+        "hierarchical_context_parallel_sizes",
+        "moe_token_dispatcher_type",
+        "deallocate_pipeline_outputs",
+        *("pipeline_model_parallel_layout", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+        *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    )
+) | {"optimizer.use_distributed_optimizer", "optimizer.overlap_param_gather", "data.pad_to_multiple_of"}
 #: Bridge's settings by which stages get different numbers of layers.
 _UNEVEN_STAGES = (
     "pipeline_model_parallel_layout",
@@ -258,6 +289,12 @@ def _check_whole(recipe: Recipe) -> None:
         raise ConfigError("A recipe gives train.train_iters (steps) or train.num_epochs (passes over the pairs): one.")
     if epochs is not None and (type(epochs) not in (int, float) or not 0 < epochs < math.inf):
         raise ConfigError(f"train.num_epochs ({epochs!r}) must be a number above 0.")
+    for module in recipe.setting("peft.target_modules") or ():
+        if "output_layer" in str(module) or "word_embeddings" in str(module):
+            raise ConfigError(
+                f"peft.target_modules ({module}) must not hold the vocabulary's layers: the head reads their weights, "
+                "past any adapter. Leave it out."
+            )
     for name in _WHOLE_NUMBERS:
         value = recipe.setting(name)
         if value is not None and (type(value) is not int or value < 1):
@@ -314,6 +351,12 @@ def _check_stages(recipe: Recipe, layers: int | None) -> None:
         raise ConfigError(
             f"model.virtual_pipeline_model_parallel_size ({vp}) needs model.pipeline_model_parallel_size above 1. "
             "Leave it out, or split the model into stages."
+        )
+    group = recipe.setting("model.microbatch_group_size_per_vp_stage")
+    if group is not None and group < pp:
+        raise ConfigError(
+            f"model.microbatch_group_size_per_vp_stage ({group}) must be at least model.pipeline_model_parallel_size "
+            f"({pp}). Leave it out to have it so."
         )
     if layers is None or any(recipe.setting(f"model.{name}") for name in _UNEVEN_STAGES):
         return

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from orpo_megatron.bridge.prepare import Prepared
-from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
+from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.modelcard import model_card
 
@@ -54,6 +54,12 @@ def trajectory(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
     values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in _FREE_TRAIN}
     values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}
+    values = {
+        name: {k: v for k, v in section.items() if f"{name}.{k}" not in LAYOUT_SETTINGS}
+        if isinstance(section, dict)
+        else section
+        for name, section in values.items()
+    }
     return {**values, "num_steps": prepared.plan.num_steps, "content_hash": prepared.store.content_hash}
 
 

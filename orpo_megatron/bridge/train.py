@@ -15,6 +15,7 @@ from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
 
+from orpo_megatron.bridge.apply import check_kept
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
 from orpo_megatron.bridge.convert import write_artifacts
@@ -66,21 +67,33 @@ def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *,
         ConfigError: Also for what Bridge finds.
     """
     _, container = build(recipe, hf_config, prepared, load_weights=False, here=here)
-    finalise(container)
+    finalise(container, recipe)
     with safe_yaml_representers():
         return yaml.safe_dump(container.to_dict())
 
 
-def finalise(container: ConfigContainer) -> None:
-    """Has Bridge finalise and check its configuration.
+def finalise(container: ConfigContainer, recipe: Recipe) -> None:
+    """Has Bridge finalise and check its configuration, and checks what has become of the recipe's settings.
 
     Raises:
-        ConfigError: For what Bridge finds.
+        ConfigError: For what Bridge finds, or if it would not do what the recipe says.
     """
     try:
         runtime_config_update(container)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"Megatron-Bridge refuses the recipe: {' '.join(str(error).split())}") from error
+    model, chunks = container.model, recipe.parallel_size("virtual_pipeline_model")
+    if (model.virtual_pipeline_model_parallel_size or 1) != chunks:
+        raise ConfigError(
+            f"model.virtual_pipeline_model_parallel_size ({chunks}) must be the "
+            f"{model.virtual_pipeline_model_parallel_size} of model.pipeline_model_parallel_layout. Write both."
+        )
+    if chunks > 1 and model.batch_p2p_comm:
+        raise ConfigError(
+            "model.batch_p2p_comm (True) must be False under a virtual pipeline: batched exchange can cross its two "
+            "directions. Leave it out."
+        )
+    check_kept(container, recipe)
 
 
 def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:
@@ -109,7 +122,7 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         recipe.run.progress,
         (lambda model: export(recipe, bridge, model)) if recipe.run.export else None,
     )
-    guard = StepGuard(recipe.run, recipe.orpo, prepared.store.source)
+    guard = StepGuard(recipe.run, recipe.orpo, prepared.store.source, keep_weights=not recipe.sections.get("peft"))
     # Bridge saves and stops on SIGTERM; Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:

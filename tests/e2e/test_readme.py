@@ -90,7 +90,7 @@ def test_train_and_export(tiny: TinyRecipe, tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "tiny_cpu", tmp_path / "tiny_cpu_hf"
     command = the("train recipes/tiny_cpu.yaml run.dir=runs/tp2")
     output = tiny.command(*arguments(command, *short(tiny, run_dir))).succeed()
-    assert "(tensor 2, pipeline 1, data 1)" in output
+    assert "processes    2 (tensor 2)" in output
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "data_report.json", "hf", "logs", "metrics.jsonl", "recipe.yaml", "report.html", "tensorboard",
     }  # fmt: skip

@@ -62,7 +62,7 @@ def test_another_cluster_shape_continues_the_trajectory(tiny: TinyRecipe, refere
     assert f"Stopped at step 5 of {STEPS} as asked." in stopped.output
     output = tiny.train(run_dir, *rows, "model.pipeline_model_parallel_size=2", processes=4)
     assert "Resuming after step 5." in output
-    assert "(tensor 1, pipeline 2, data 2)" in output
+    assert "processes    4 (pipeline 2, data 2)" in output
 
     worst = worst_errors(read_metrics(reference_run), read_metrics(run_dir), BETA)
     assert {name: error for name, error in worst.items() if not error <= 1e-5} == {}

@@ -87,7 +87,8 @@ def make_guard(tmp_path: Path, model: Any, policy: Any = "stop", optimizer: Any 
     """Returns a guard that stands before ``optimizer``, at the start of step 7."""
     from orpo_megatron.bridge.guard import StepGuard
 
-    guard = StepGuard(RunConfig(str(tmp_path), on_nonfinite=policy), OrpoConfig(), lambda pair: ("a.jsonl", pair + 1))
+    run = RunConfig(str(tmp_path), on_nonfinite=policy)
+    guard = StepGuard(run, OrpoConfig(), lambda pair: ("a.jsonl", pair + 1), keep_weights=False)
     state = SimpleNamespace(train_state=SimpleNamespace(step=6))
     context: Any = SimpleNamespace(model=[model], optimizer=optimizer or SimpleNamespace(step=None), state=state)
     guard.on_train_start(context)
@@ -166,7 +167,7 @@ def test_the_message_names_rows_pairs_and_parameters(model: Any, tmp_path: Path)
     for name in ("output_layer", "embedding.word_embeddings", "decoder.final_layernorm"):
         model.module.get_parameter(f"{name}.weight").main_grad.fill_(math.nan)
     path = tmp_path / "nonfinite" / "step_000007.pt"
-    assert guard.report(bad_loss=True, keep_weights=False) == (
+    assert guard.report(bad_loss=True) == (
         "Step 7: the loss is not finite on data rank 0, microbatch 1: pair 5 (a.jsonl:6), pair 1 (a.jsonl:2); "
         "data rank 0, microbatch 2: no pairs. Gradients that are not finite: embedding.word_embeddings.weight, "
         f"decoder.final_layernorm.weight, output_layer.weight. Its rows are kept in {path}; replay them with "
@@ -182,7 +183,7 @@ def test_a_message_names_a_few(model: Any, tmp_path: Path) -> None:
         parameter.main_grad.fill_(math.inf)
     for pair in range(5):
         guard.observe(make_row(pair), torch.tensor(math.nan))
-    message = guard.report(bad_loss=True, keep_weights=False)
+    message = guard.report(bad_loss=True)
     assert (
         "microbatch 2: pair 2 (a.jsonl:3); and more. Gradients that are not finite: " in message
         and "microbatch 3" not in message
@@ -195,7 +196,7 @@ def test_rows_come_back_as_they_were(model: Any, tmp_path: Path) -> None:
     rows = [make_row(4, 2), make_row(), make_row(9)]
     for row, loss in zip(rows, [0.25, 0.0, math.nan], strict=True):
         guard.observe(row, torch.tensor(loss))
-    guard.report(bad_loss=True, keep_weights=False)
+    guard.report(bad_loss=True)
     path = tmp_path / "nonfinite" / "step_000007.pt"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     for row, loaded in zip(rows, load_rows(path), strict=True):
@@ -234,7 +235,7 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_message(model: Any, tmp
     (tmp_path / "nonfinite").write_text("in the way")
     guard = make_guard(tmp_path, model)
     guard.observe(make_row(3), torch.tensor(math.nan))
-    message = guard.report(bad_loss=True, keep_weights=False)
+    message = guard.report(bad_loss=True)
     assert "pair 3 (a.jsonl:4). Its rows could not be kept: [Errno 17] File exists: " in message
     assert "--batch" not in message
 
@@ -247,7 +248,7 @@ def test_the_row_of_a_gradient_is_found(model: Any, tmp_path: Path) -> None:
     rows = [make_row(0), make_row(5, first=BAD_TOKEN), make_row(8)]
     run(model, rows, guard.observe)
     assert guard.check() == (False, True)
-    message = guard.report(bad_loss=False, keep_weights=False)
+    message = guard.report(bad_loss=False)
     assert message.startswith("Step 7: the gradient is not finite on data rank 0, microbatch 1: pair 5 (a.jsonl:6).")
     assert "Gradients that are not finite: embedding.word_embeddings.weight, " in message
 
@@ -255,9 +256,7 @@ def test_the_row_of_a_gradient_is_found(model: Any, tmp_path: Path) -> None:
     for row in rows[::2]:
         guard.observe(row, torch.tensor(1.0))
     a_gradient(model)[0, 0] = math.nan  # as a fault of the machine would
-    assert "the gradient is not finite though it is for each row alone." in guard.report(
-        bad_loss=False, keep_weights=False
-    )
+    assert "the gradient is not finite though it is for each row alone." in guard.report(bad_loss=False)
 
 
 def test_the_search_leaves_the_settings_and_the_weights(model: Any, tmp_path: Path) -> None:

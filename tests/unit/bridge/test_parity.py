@@ -50,7 +50,7 @@ class TestReferenceRecipe:
             "model.context_parallel_size=2",
             "ddp.overlap_grad_reduce=true",
             "ddp.grad_reduce_in_fp32=true",
-            "comm_overlap.tp_comm_overlap=true",
+            "comm_overlap.overlap_grad_reduce=true",
             "orpo.beta=0.3",
         )
 

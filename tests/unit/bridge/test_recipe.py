@@ -134,10 +134,9 @@ def test_what_is_wrong_is_named(values: Values, settings: Values, message: str) 
         ({"rng__data_parallel_random_init": True}, "rng.data_parallel_random_init is not set in a recipe."),
         (
             {"model__hidden_dropout": 0.1},
-            "model.hidden_dropout (0.1) must be 0.0: dropout would make the loss depend on how ranks are laid out. "
-            "Leave it out.",
+            "model.hidden_dropout (0.1) must be 0.0: the loss would depend on how ranks are laid out. Leave it out.",
         ),
-        ({"model__attention_dropout": 0.1}, "model.attention_dropout (0.1) must be 0.0: dropout would"),
+        ({"model__attention_dropout": 0.1}, "model.attention_dropout (0.1) must be 0.0: the loss would"),
         (
             {"model__calculate_per_token_loss": True},
             "model.calculate_per_token_loss (True) must be False: the loss is divided by counts of the whole global "
@@ -146,16 +145,47 @@ def test_what_is_wrong_is_named(values: Values, settings: Values, message: str) 
         ({"model__should_pad_vocab": True}, "model.should_pad_vocab (True) must be False: padding of the vocabulary"),
         (
             {"model__moe_expert_capacity_factor": 1.25},
-            "model.moe_expert_capacity_factor (1.25) must be None: which tokens an expert drops would depend on how "
+            "model.moe_expert_capacity_factor (1.25) must be None: the loss would depend on how "
             "ranks are laid out. Leave it out.",
         ),
         (
             {"model__moe_expert_rank_capacity_factor": 2.0},
-            "model.moe_expert_rank_capacity_factor (2.0) must be None: which tokens a rank drops would depend on how",
+            "model.moe_expert_rank_capacity_factor (2.0) must be None: the loss would depend on how",
         ),
         (
             {"model__moe_input_jitter_eps": 0.01},
-            "model.moe_input_jitter_eps (0.01) must be None: noise would make the loss depend on how ranks are laid",
+            "model.moe_input_jitter_eps (0.01) must be None: the loss would depend on how ranks are laid",
+        ),
+        (
+            {"peft": {"dropout": 0.1}},
+            "peft.dropout (0.1) must be 0.0: the loss would depend on how ranks are laid out.",
+        ),
+        (
+            {"peft": {"target_modules": ["linear_qkv", "output_layer"]}},
+            "peft.target_modules (output_layer) must not hold the vocabulary's layers",
+        ),
+        (
+            {"model__moe_router_force_load_balancing": True},
+            "model.moe_router_force_load_balancing (True) must be False: it routes at random.",
+        ),
+        (
+            {"comm_overlap": {"tp_comm_overlap": True}},
+            "comm_overlap.tp_comm_overlap (True) must be False: its buffers have one size, and rows differ in length.",
+        ),
+        (
+            {"model__overlap_moe_expert_parallel_comm": True},
+            "model.overlap_moe_expert_parallel_comm (True) must be False: its schedule takes no output processor.",
+        ),
+        ({"model__hybrid_context_parallel": True}, "model.hybrid_context_parallel (True) must be False"),
+        ({"dist": {"use_decentralized_pg": True}}, "dist.use_decentralized_pg (True) must be False"),
+        ({"ddp": {"check_for_nan_in_grad": True}}, "ddp.check_for_nan_in_grad (True) must be False: one rank would"),
+        (
+            {"rerun_state_machine": {"check_for_nan_in_loss": False}},
+            "rerun_state_machine.check_for_nan_in_loss is not set in a recipe. run.on_nonfinite says",
+        ),
+        (
+            {"model__microbatch_group_size_per_vp_stage": 0},
+            "model.microbatch_group_size_per_vp_stage (0) must be a whole number of at least 1.",
         ),
     ],
 )
