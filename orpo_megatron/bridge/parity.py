@@ -218,11 +218,13 @@ class GradientError(NamedTuple):
         difference: Largest absolute difference of an element; infinity where one is no number.
         largest: Largest absolute element of the reference.
         square_sum: Sum of squares of the reference, counted on one replica of each shard only.
+        difference_square_sum: Sum of squares of the differences, counted likewise.
     """
 
     difference: float
     largest: float
     square_sum: float
+    difference_square_sum: float = 0.0
 
     def merge(self, other: GradientError) -> GradientError:
         """Returns the error of two shards or replicas taken together."""
@@ -230,6 +232,7 @@ class GradientError(NamedTuple):
             max(self.difference, other.difference),
             max(self.largest, other.largest),
             self.square_sum + other.square_sum,
+            self.difference_square_sum + other.difference_square_sum,
         )
 
 
@@ -258,6 +261,20 @@ def gradient_errors(parameters: Mapping[str, GradientError]) -> dict[str, float]
         scale = max(error.largest, floor)
         relative[name] = error.difference / scale if scale else (0.0 if error.difference == 0 else math.inf)
     return relative
+
+
+def rms_errors(parameters: Mapping[str, GradientError]) -> dict[str, float]:
+    """Returns each parameter's root-mean-square error relative to the reference's root mean square.
+
+    Where precision is low the largest error of an element is chance; this one is a mean over all of them.
+
+    Args:
+        parameters: Name -> error over all shards and replicas.
+    """
+    return {
+        name: math.sqrt(error.difference_square_sum / error.square_sum) if error.square_sum else math.inf
+        for name, error in parameters.items()
+    }
 
 
 @dataclass(frozen=True)

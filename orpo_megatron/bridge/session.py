@@ -46,6 +46,7 @@ from orpo_megatron.bridge.train import finalise
 from orpo_megatron.config import ConfigError, OrpoConfig
 from orpo_megatron.console import rank
 from orpo_megatron.core.step import make_forward_step
+from orpo_megatron.metrics import METRICS, count_pairs, evaluation_metrics
 
 Shards = dict[str, torch.Tensor]
 _ADAPTER_STD = 0.02
@@ -77,7 +78,7 @@ class Session:
             ConfigError: If a setting does not fit.
         """
         container = self._container()
-        finalise(container)
+        finalise(container, self.recipe)
         state = GlobalState()
         state.cfg = container
         self._setup = setup(state, lambda num_samples, dataset: (None, None, None))
@@ -129,44 +130,69 @@ class Session:
         Returns:
             The metrics of the global batch by name, on every rank.
         """
-        replicas = parallel_state.get_data_parallel_world_size()
         if replicate:
+            replicas = parallel_state.get_data_parallel_world_size()
             mine = [
                 replace(row, num_pairs=replicas * row.num_pairs, num_nll_tokens=replicas * row.num_nll_tokens)
                 for row in rows
             ]
         else:
-            mine = list(rows[parallel_state.get_data_parallel_rank() :: replicas])
+            mine = _of_this_replica(rows)
         for chunk in self.model:
             chunk.zero_grad_buffer()
+        losses = self._microbatches(mine, objective, forward_only=False)
+        self._gather_gradients()
+        return self._metrics(losses, tuple(METRICS))
+
+    def evaluate(self, rows: Sequence[PackedRow], objective: OrpoConfig) -> dict[str, float]:
+        """Runs rows forward alone, as an evaluation does.
+
+        Args:
+            rows: All rows, the same on every rank.
+            objective: The loss.
+
+        Returns:
+            The metrics over all pairs by name, those by length included, on every rank.
+        """
+        lengths = torch.cat([row.num_response_tokens[: 2 * len(row.pair_ids)] for row in rows]).numpy()
+        for chunk in self.model:
+            chunk.eval()
+        with torch.no_grad():
+            losses = self._microbatches(_of_this_replica(rows), objective, forward_only=True)
+        for chunk in self.model:
+            chunk.train()
+        return self._metrics(losses, evaluation_metrics(count_pairs(lengths[0::2], lengths[1::2])))
+
+    def _microbatches(
+        self, rows: list[PackedRow], objective: OrpoConfig, *, forward_only: bool
+    ) -> list[dict[str, torch.Tensor]]:
+        """Runs this replica's rows through Megatron-Core's schedule; returns the metrics of each microbatch."""
         groups, config = self._setup.pg_collection, get_model_config(self.model[0])
-        iterators = [iter(mine) for _ in self.model]
+        iterators = [iter(rows) for _ in self.model]
         schedule = get_forward_backward_func(
             pp_size=groups.pp.size(), vp_size=config.virtual_pipeline_model_parallel_size
         )
-        losses = schedule(
-            forward_step_func=make_forward_step(objective, lambda: len(mine)),
+        return schedule(
+            forward_step_func=make_forward_step(objective, lambda: len(rows)),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model,
-            num_microbatches=len(mine),
+            num_microbatches=len(rows),
             seq_length=self.recipe.data.row_budget,
             decoder_seq_length=self.recipe.data.row_budget,
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=forward_only,
             p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=config),
             pg_collection=groups,
         )
-        self._gather_gradients()
-        return self._metrics(losses)
 
-    def _metrics(self, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    def _metrics(self, losses: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, float]:
         """Sums [sum, count] pairs over microbatches and ranks, as Bridge does."""
         totals = {}
         for name in losses[0] if losses else ():  # there are none but on the last pipeline stage
             total = torch.stack([loss[name] for loss in losses]).sum(dim=0)
             dist.all_reduce(total, group=self._setup.pg_collection.dp_cp)
             totals[name] = total[0] / total[1]
-        return on_rank_0(totals)
+        return on_rank_0(totals, names)
 
     def _gather_gradients(self) -> None:
         """Completes buckets of which the distributed optimizer's reduce-scatter left a shard on each rank."""
@@ -221,26 +247,32 @@ class Session:
         return _load({name: entry for name, entry in empty.items() if name in names}, folder)
 
     def gradient_errors(self, reference: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Returns the relative error of each parameter, see ``parity.gradient_errors``; else as ``differences``."""
+        return gradient_errors(self.differences(reference))
+
+    def differences(self, reference: Mapping[str, torch.Tensor]) -> dict[str, GradientError]:
         """Compares the gradients of the last batch with the reference's, on every shard and replica.
 
         Args:
             reference: From ``load_gradients``.
 
         Returns:
-            Name -> relative error over all ranks, see ``parity.gradient_errors``.
+            Name -> error over all ranks.
         """
         shards = {}
         for name, entry in self._sharded(_gradient).items():
             if name in reference:
                 right = reference[name].to(entry.data.device)
-                difference = (entry.data - right).abs().max().item()
+                off, counted = entry.data - right, is_main_replica(entry.replica_id)
+                difference = off.abs().max().item()
                 # A NaN is no number to be close to, and max() would lose it.
                 shards[name] = GradientError(
                     difference=math.inf if math.isnan(difference) else difference,
                     largest=right.abs().max().item(),
-                    square_sum=_square_sum(right) if is_main_replica(entry.replica_id) else 0.0,
+                    square_sum=_square_sum(right) if counted else 0.0,
+                    difference_square_sum=_square_sum(off) if counted else 0.0,
                 )
-        return gradient_errors(merge_shards(_from_all_ranks(shards)))
+        return merge_shards(_from_all_ranks(shards))
 
     def draw_zero_weights(self) -> None:
         """Draws weights for adapters that start at zero, so that those before them get a gradient as well."""
@@ -320,6 +352,12 @@ def compare(
         bound=bound,
         exact=exact,
     )
+
+
+def _of_this_replica(rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """Returns the rows of this data-parallel replica."""
+    replicas = parallel_state.get_data_parallel_world_size()
+    return list(rows[parallel_state.get_data_parallel_rank() :: replicas])
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N tests/distributed/matrix.py FOLDER
 
-One process writes the references to FOLDER: the whole model on all pairs in one row, without padding. More processes
+One process writes the references to FOLDER: each whole model on all pairs in one row, without padding. More processes
 run every layout of their number (``layouts.py``), and append one line for each case to FOLDER/world_N.jsonl.
 """
 
@@ -19,14 +19,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from layouts import (
+    BF16,
     CHOSEN,
+    EVAL_PAIRS,
     LAYOUTS,
     MODELS,
     PROMPTS,
     REJECTED,
+    SCOPES,
     SIZES,
     Case,
     Layout,
@@ -68,7 +72,7 @@ def make_rows(num_pairs: int, scope: str, num_rows: int, multiple: int, fill: bo
     pairs = draw_pairs(num_pairs)
     columns = ([len(getattr(pair, name)) for pair in pairs] for name in ("prompt", "chosen", "rejected"))
     lengths = PairLengths(*map(np.array, columns))
-    rows, _ = balance(lengths.padded_tokens(multiple).tolist(), num_rows)
+    rows, _ = balance(lengths.padded_tokens(1).tolist(), num_rows)  # the same pairs in a row, however it is padded
     return [
         pack_row(
             [pairs[pair] for pair in row],
@@ -105,8 +109,8 @@ def with_settings(values: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     """Returns a recipe's values with settings by their dotted names."""
     values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     for name, value in settings.items():
-        section, key = name.split(".")
-        values.setdefault(section, {})[key] = value
+        section, _, key = name.partition(".")
+        values[section] = {**values.get(section, {}), key: value} if key else value
     return values
 
 
@@ -117,25 +121,52 @@ def write_references(folder: Path) -> None:
     from orpo_megatron.config import OrpoConfig
 
     for model, references in itertools.groupby(all_references(), key=lambda reference: reference.model):
-        layout = Layout(1, model=model)
-        recipe = make_recipe(folder, layout)
+        recipe, batches = make_recipe(folder, Layout(1, model=model)), list(references)
         with Session(recipe, load_hf_config(recipe), 1) as session:
             if recipe.sections.get("peft"):
                 session.draw_zero_weights()
                 session.save_weights(folder / ADAPTERS)
-            for reference in references:
-                rows = reference_rows(layout, reference)
-                metrics = session.run(rows, OrpoConfig(BETA, reference.scope))
-                session.save_gradients(folder / reference.name)
-                record = {"metrics": metrics, "names": sorted(session.trainable())}
-                (folder / f"{reference.name}.json").write_text(json.dumps(record))
+            if MODELS[model].rounded:
+                for parameter in session.model[0].parameters():
+                    parameter.data.copy_(parameter.bfloat16())
+            for batch in batches:
+                metrics = session.run(reference_rows(batch), OrpoConfig(BETA, batch.scope))
+                session.save_gradients(folder / batch.name)
+                write(folder / batch.name, metrics=metrics, names=sorted(session.trainable()))
+            rows, objective = make_rows(EVAL_PAIRS, SCOPES[0], 1, 1), OrpoConfig(BETA, SCOPES[0])
+            # What an evaluation finds is what training finds, and more.
+            metrics = session.evaluate(rows, objective) | session.run(rows, objective)
+            write(folder / f"{model}-evaluation", metrics=metrics)
+        if MODELS[model].rounded:
+            add_rounding(folder, model, batches)
 
 
-def reference_rows(layout: Layout, reference: Reference) -> list[Any]:
-    """Returns the rows of a reference: without padding, or as every split has them."""
-    same = MODELS[layout.model].same_rows
-    multiple = layout.multiple_of("packed") if same else 1
-    return make_rows(reference.pairs, reference.scope, reference.rows, multiple, fill=same)
+def add_rounding(folder: Path, model: str, batches: list[Reference]) -> None:
+    """Adds to references how far one process is from them if it rounds as the layouts do."""
+    from orpo_megatron.bridge.prepare import load_hf_config
+    from orpo_megatron.bridge.session import Session
+
+    recipe = make_recipe(folder, Layout(1, model=model, settings=BF16))
+    with Session(recipe, load_hf_config(recipe), 1) as session:
+        for batch in batches:
+            reference = read(folder / batch.name)
+            gradients = session.load_gradients(folder / batch.name, reference["names"])
+            result = run_rows(session, reference_rows(batch), batch.scope, reference | {"gradients": gradients})
+            write(folder / batch.name, **reference, one_process=result)
+
+
+def write(path: Path, **record: Any) -> None:
+    path.with_suffix(".json").write_text(json.dumps(record))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def reference_rows(reference: Reference) -> list[Any]:
+    """Returns the rows of a reference, without padding."""
+    filled = MODELS[reference.model].same_rows
+    return make_rows(reference.pairs, reference.scope, reference.rows, 1, filled)
 
 
 def run_layout(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -148,21 +179,25 @@ def run_layout(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     layout = LAYOUTS[name]
     recipe = make_recipe(folder, layout)
     wanted = sorted({reference_of(layout, case) for case in cases(layout)})
-    references = {reference: json.loads((folder / f"{reference.name}.json").read_text()) for reference in wanted}
+    references = {reference: read(folder / reference.name) for reference in wanted}
     started = time.monotonic()
     with Session(recipe, load_hf_config(recipe), recipe.data_parallel_size(layout.processes)) as session:
-        for reference, expected in references.items():
-            expected["gradients"] = session.load_gradients(folder / reference.name, expected["names"])
+        for batch, expected in references.items():
+            expected["gradients"] = session.load_gradients(folder / batch.name, expected["names"])
         if recipe.sections.get("peft"):
             session.load_weights(folder / ADAPTERS, session.trainable())
             yield {"kind": "adapters", "layout": name, **adapter_names(session)}
-        yield {"kind": "session", "layout": name, "seconds": time.monotonic() - started}
+        seconds, groups = time.monotonic() - started, len(bucket_groups(session)) / len(session.model)
+        yield {"kind": "session", "layout": name, "bucket_groups": groups, "seconds": seconds}
         for case in cases(layout):
             started = time.monotonic()
-            result = run_case(session, layout, case, references[reference_of(layout, case)])
+            reference = references[reference_of(layout, case)]
+            result = run_case(session, layout, case, reference) | {"one_process": reference.get("one_process")}
             yield {"kind": "case", "layout": name, **asdict(case), **result, "seconds": time.monotonic() - started}
+        errors = run_evaluation(session, layout, read(folder / f"{layout.model}-evaluation")["metrics"])
+        yield {"kind": "evaluation", "layout": name, "metrics": errors}
         for mutation in layout.mutations:
-            result = run_mutation(session, layout, mutation, references[reference_of(layout, cases(layout)[0])])
+            result = run_mutation(session, layout, mutation, references)
             yield {"kind": "mutation", "layout": name, "mutation": mutation, **result}
         parameters = [weakref.ref(parameter) for chunk in session.model for parameter in chunk.parameters()]
     groups = len(dist.distributed_c10d._world.pg_map)
@@ -177,8 +212,9 @@ def adapter_names(session: Any) -> dict[str, list[str]]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.utils import unwrap_model
 
-    peft = session._setup.state.cfg.peft
-    described = [kept_by_bridge({"model": chunk.sharded_state_dict()}, peft) for chunk in unwrap_model(session.model)]
+    peft, singly = session._setup.state.cfg.peft, {"singleton_local_shards": True}  # a name for each layer
+    chunks = [chunk.sharded_state_dict(metadata=singly) for chunk in unwrap_model(session.model)]
+    described = [kept_by_bridge({"model": chunk}, peft) for chunk in chunks]
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, {entry.key for entry in nested_values(described)})
     return {"trained": sorted(session.trainable()), "saved": sorted(set().union(*ranks))}
@@ -195,9 +231,38 @@ def run_case(session: Any, layout: Layout, case: Case, reference: dict[str, Any]
     """Runs one batch; returns the errors of all metrics and gradients, and data ranks without pairs."""
     rows = case_rows(layout, case)
     idle = sum(not any(len(row.pair_ids) for row in rows[rank :: layout.replicas]) for rank in range(layout.replicas))
+    if layout.settings.get("ddp.overlap_param_gather"):
+        forget_gathered_weights(session)
     with count_runs(session, layout.recomputed) as runs:
         result = run_rows(session, rows, case.scope, reference, replicate=layout.replicate)
     return {"idle": idle, "runs": runs[0] / case.microbatches, **result}
+
+
+def run_evaluation(session: Any, layout: Layout, expected: dict[str, float]) -> dict[str, float]:
+    """Evaluates in two microbatches on each replica; returns the errors of all metrics."""
+    from orpo_megatron.bridge.parity import metric_errors
+    from orpo_megatron.config import OrpoConfig
+
+    num_rows = 2 * session.recipe.data_parallel_size(layout.processes)
+    rows = make_rows(EVAL_PAIRS, SCOPES[0], num_rows, layout.multiple_of("packed"))
+    return metric_errors(expected, session.evaluate(rows, OrpoConfig(BETA, SCOPES[0])), BETA)
+
+
+def bucket_groups(session: Any) -> list[Any]:
+    """Returns the groups of buckets in which gradients and weights travel between data-parallel ranks."""
+    return [group for chunk in session.model for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
+
+
+def forget_gathered_weights(session: Any) -> None:
+    """Spoils what an optimizer's step would leave to be gathered: a rank's copy of the weights that others own."""
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    for group in bucket_groups(session):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            for rank, shard in enumerate(shard_buffer(bucket.param_data, ranks.size())):
+                if rank != ranks.rank():
+                    shard.fill_(float("nan"))
 
 
 @contextlib.contextmanager
@@ -226,37 +291,50 @@ def run_rows(
     replicate: bool = False,
 ) -> dict[str, Any]:
     """Runs rows, has ``spoil`` change what came out, and compares that with the reference."""
-    from orpo_megatron.bridge.parity import metric_errors
+    from orpo_megatron.bridge.parity import gradient_errors, metric_errors, rms_errors
     from orpo_megatron.config import OrpoConfig
 
     metrics = session.run(rows, OrpoConfig(BETA, scope), replicate=replicate)
     spoil()
+    differences = session.differences(reference["gradients"])
     return {
         "metrics": metric_errors(reference["metrics"], metrics, BETA),
-        "gradients": session.gradient_errors(reference["gradients"]),
+        "gradients": gradient_errors(differences),
+        "rms": rms_errors(differences),
         "unmatched": sorted(session.trainable() ^ set(reference["names"])),
     }
 
 
-def run_mutation(session: Any, layout: Layout, mutation: str, reference: dict[str, Any]) -> dict[str, Any]:
-    """Breaks one thing in the first batch of a layout, which has to be seen."""
-    import torch.distributed as dist
-    from megatron.core.utils import unwrap_model
+def run_mutation(session: Any, layout: Layout, mutation: str, references: dict[Reference, Any]) -> dict[str, Any]:
+    """Breaks one thing, which has to be seen, in the layout's first batch of most microbatches."""
+    from megatron.core.utils import get_model_config
 
-    case = cases(layout)[0]
-    rows = make_rows(case.pairs, case.scope, 2, 1)
+    from orpo_megatron.core import step
 
-    def spoil(value: float) -> None:
-        weight = unwrap_model(session.model)[0].decoder.final_layernorm.weight
-        if dist.get_rank() == 1:  # a copy, which no checkpoint would save
-            weight.main_grad[weight.main_grad.abs().argmax()] *= 1 + value
-
+    case = max(cases(layout), key=lambda case: (case.pairs, case.microbatches))
+    rows, broken = case_rows(layout, case), contextlib.nullcontext()
     if mutation == "loss doubled":
         rows = [replace(row, num_pairs=row.num_pairs / 2, num_nll_tokens=row.num_nll_tokens / 2) for row in rows]
     if mutation == "pairs missing":
         rows = rows[:1]
-    off = {"copy off": 1e-3, "copy NaN": float("nan")}.get(mutation, 0.0)
-    return run_rows(session, rows, case.scope, reference, lambda: spoil(off) if off else None)
+    if mutation == "mask off":
+        broken = mock.patch.object(step, "router_padding_mask", lambda *_: None)
+    if mutation == "not finalised":
+        broken = mock.patch.object(get_model_config(session.model[0]), "finalize_model_grads_func", None)
+    factor = {"copy off": 1 + 1e-3, "copy NaN": float("nan")}.get(mutation, 1.0)
+    reference = references[reference_of(layout, case)]
+    with broken:
+        return run_rows(session, rows, case.scope, reference, lambda: spoil_a_copy(session, factor))
+
+
+def spoil_a_copy(session: Any, factor: float) -> None:
+    """Changes one element of a gradient on rank 1: a copy, which no checkpoint would save."""
+    import torch.distributed as dist
+    from megatron.core.utils import unwrap_model
+
+    weight = getattr(unwrap_model(session.model)[0].decoder.final_layernorm, "weight", None)
+    if weight is not None and dist.get_rank() == 1:
+        weight.main_grad[weight.main_grad.abs().argmax()] *= factor
 
 
 def main() -> None:

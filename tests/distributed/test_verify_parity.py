@@ -61,6 +61,10 @@ def test_a_doubled_loss_fails(tiny: TinyRecipe, tmp_path: Path) -> None:
         (["--against", "tp=3"], "The number of processes (1) must be a multiple of"),
         (["model.tensor_model_parallel_size=3"], "The number of processes (1) must be a multiple of"),
         (["orpo.bta=1"], "orpo.bta"),
+        (
+            ["model.recompute_granularity=selective", "model.recompute_modules=[layernorm]"],
+            "model.recompute_modules (['layernorm']) must not name layernorm without Transformer Engine",
+        ),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_message(
