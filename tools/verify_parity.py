@@ -5,7 +5,7 @@
 One global batch, the run's first or one that it kept, goes through the recipe's own sharding and through a reference,
 from the same weights: the loss, every metric and the gradient of every trainable parameter must agree. The reference
 is not split but for what --against names (tp, pp, vpp, cp, ep, etp, sp), as a large model has to be. Exit status: 0 if
-they agree, 1 if not, 2 if the recipe or the machine does not fit.
+they agree, 1 if not, 2 if they could not be compared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         tell_torchrun(str(error))
         return EXIT_ERROR
+    except Exception:  # status 1 says that the two sides differ, and nothing else
+        traceback.print_exc()
+        return EXIT_ERROR
     if rank() == 0:
         print(f"{comparison.table()}\n{time.monotonic() - started:.0f} s", flush=True)
     return 0 if comparison.passed else EXIT_DIFFERENT
@@ -86,8 +90,8 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None, batch: s
     )
     if not exact:
         say(
-            f"mixed_precision rounds: the bound is {bound:.0e}, and counts are shown but not judged. A small model in "
-            "fp32 on CPU ranks says more."
+            f"bf16 and fp16 round: the bound is {bound:g}, for metrics a tenth of it, and counts are not judged. What "
+            f"one of more than {1 / bound:.0f} replicas does wrong is smaller; a small model in fp32 shows it."
         )
     with logged_to(recipe.run_dir / "logs" / f"parity_rank_{rank()}.txt"):
         use_machine()

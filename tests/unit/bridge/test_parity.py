@@ -211,7 +211,15 @@ class TestComparison:
         assert replace(turned, exact=False).verdict().startswith("PASS: the worst error is 3.0e-06")
 
     def test_nothing_compared_is_no_pass(self) -> None:
-        assert not replace(self.RIGHT, gradient_errors={}).passed
+        nothing = replace(self.RIGHT, gradient_errors={})
+        assert not nothing.passed and nothing.verdict().startswith("FAIL: no parameter is trained")
+
+    def test_metrics_have_a_tenth_of_the_bound_where_gradients_round(self) -> None:
+        off = replace(
+            self.RIGHT, bound=5e-2, exact=False, gradient_errors={"weight": 4e-2}, metric_errors={"loss": 6e-3}
+        )
+        assert off.failures == {"loss": 6e-3}
+        assert replace(off, metric_errors={"loss": 4e-3}).passed
 
     def test_the_worst_ten_come_first(self) -> None:
         errors = {f"layer {index}": index * 1e-7 for index in range(12)}
@@ -226,6 +234,7 @@ def test_the_bound_follows_the_precision() -> None:
     assert parity.bound_of(tiny(), None) == (1e-5, True)
     assert parity.bound_of(tiny("mixed_precision=bf16_mixed"), None) == (5e-2, False)
     assert parity.bound_of(tiny("mixed_precision=bf16_mixed"), 0.2) == (0.2, False)
+    assert parity.bound_of(tiny("model.bf16=true"), None) == (5e-2, False)
 
 
 def test_a_sharding_is_described_in_words() -> None:
