@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.kept import FOLDER, plain, save_step
+from orpo_megatron.bridge.ranks import from_all_ranks
 from orpo_megatron.config import ConfigError, OrpoConfig, RunConfig
 from orpo_megatron.console import say
 from orpo_megatron.core.step import make_forward_step
@@ -129,9 +130,9 @@ class StepGuard(Callback):
             bad = bad_rows(self.model, rows, self.objective)
         rank = parallel_state.get_data_parallel_rank()
         mine = {(rank, i): row.pair_ids.tolist() for i, row in enumerate(rows) if bad[i]}
-        what = self._what(bad_loss, _from_all_ranks((mine, parameters)))
+        what = self._what(bad_loss, from_all_ranks((mine, parameters)))
         path = self.folder / f"step_{self.step:06d}.pt"
-        trouble = next(filter(None, _from_all_ranks(self._keep(path, what))), None)
+        trouble = next(filter(None, from_all_ranks(self._keep(path, what))), None)
         weights = "" if trouble or not self.keep_weights else self._keep_weights(path.with_suffix(""))
         kept = f"Its rows could not be kept: {trouble}." if trouble else _KEPT.format(path=path, weights=weights)
         return f"{what} {kept} {'The step is skipped on all ranks.' if self.policy == 'skip' else _REMEDY}"
@@ -143,7 +144,7 @@ class StepGuard(Callback):
             save_megatron_model(self.model, folder)
         except Exception:  # whatever it is, what the step was must still be said
             done = False
-        return f" checkpoint.pretrained_checkpoint={folder}" if all(_from_all_ranks(done)) else ""
+        return f" checkpoint.pretrained_checkpoint={folder}" if all(from_all_ranks(done)) else ""
 
     def _what(self, bad_loss: bool, ranks: Sequence[tuple[Found, list[str]]]) -> str:
         """Says what is not finite, and where, from what each rank found."""
@@ -285,13 +286,6 @@ def _rows_of_last_stage(rows: list[PackedRow]) -> list[PackedRow]:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast_object_list(shared, last, parallel_state.get_pipeline_model_parallel_group())
     return shared[0]
-
-
-def _from_all_ranks(mine: Any) -> list[Any]:
-    """Returns what each rank gives, in the order of ranks."""
-    theirs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(theirs, mine)
-    return theirs
 
 
 def _some(things: Sequence[str], separator: str) -> str:

@@ -41,6 +41,7 @@ from orpo_megatron.bridge.parity import (
     merge_shards,
     metric_errors,
 )
+from orpo_megatron.bridge.ranks import from_all_ranks
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.train import finalise
 from orpo_megatron.config import ConfigError, OrpoConfig
@@ -227,7 +228,7 @@ class Session:
 
     def trainable(self) -> set[str]:
         """Returns the names of the trainable parameters of all ranks."""
-        return set().union(*_from_all_ranks(set(self._sharded(lambda parameter: parameter))))
+        return set().union(*from_all_ranks(set(self._sharded(lambda parameter: parameter))))
 
     def save_gradients(self, folder: Path) -> None:
         """Writes the gradients of the last batch as a distributed checkpoint, fp32; each shard is written once."""
@@ -272,7 +273,7 @@ class Session:
                     square_sum=_square_sum(right) if counted else 0.0,
                     difference_square_sum=_square_sum(off) if counted else 0.0,
                 )
-        return merge_shards(_from_all_ranks(shards))
+        return merge_shards(from_all_ranks(shards))
 
     def draw_zero_weights(self) -> None:
         """Draws weights for adapters that start at zero, so that those before them get a gradient as well."""
@@ -384,13 +385,6 @@ def _load(sharded: dict[str, ShardedBase], folder: Path) -> Shards:
     names = set(sharded)
     loaded = dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
     return {name: loaded[name] for name in names}
-
-
-def _from_all_ranks(value: Any) -> list[Any]:
-    """Returns every rank's value."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextlib.contextmanager

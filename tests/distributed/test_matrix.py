@@ -106,7 +106,8 @@ def test_an_evaluation_finds_what_training_finds_on_one_process(results: Results
 def test_a_split_in_bf16_is_no_further_from_fp32_than_one_process(results: Results, name: str) -> None:
     """By the root mean square over a parameter's elements, at most half as far again: the largest is chance.
 
-    Of a norm's 64 weights that comes to 1.3, of a matrix to 1.2. The loss itself is added up in fp32.
+    It comes to 1.3 for a norm's 64 weights and to 1.2 for a matrix. That log-probs are added up in fp32 is seen in
+    ``tests/unit/test_segments.py``: so few pairs could hide it here.
     """
     (record,) = find(results, name, "case")
     alone = record["one_process"]["rms"]
