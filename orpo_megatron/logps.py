@@ -1,11 +1,81 @@
-"""Vocabulary-parallel logits -> per-token log-probs."""
+"""Hidden states, or logits, -> per-token log-probs over a vocabulary split over tensor-parallel ranks.
+
+Nothing here knows a loss: any gradient may come in, so DPO or GRPO can use it as ORPO does. `fused_logps` is what
+training runs; `vocab_parallel_logps` behind a plain matrix product is its readable twin.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+
+HeadMode = Literal["auto", "cache", "recompute"]
+
+#: Up to so many bytes a microbatch, ``auto`` keeps exponentials for backward.
+CACHE_BYTES = 2**30
+#: Logits that are computed at once, in bytes of fp32: matrix products want many rows, memory few.
+_CHUNK_BYTES = 2**27
+#: Of these, what the elementwise passes take at once: on a CPU it has to fit a core's cache.
+_BLOCK_BYTES = 2**20
+
+
+def fused_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    mode: HeadMode = "auto",
+    cache_bytes: int = CACHE_BYTES,
+) -> torch.Tensor:
+    """Returns log softmax(hidden weight^T) at each label, without holding the logits of all tokens at once.
+
+    Only the positions that are asked for meet the vocabulary, a chunk of them at a time. Statistics are fp32 whatever
+    the dtype of the product. Forward costs one all-gather of [3, n] fp32 over ``tp_group``, backward one collective of
+    the hidden states' gradient; sequence parallel gathers the hidden states in both.
+
+    Args:
+        hidden: [t, h], replicated over ``tp_group``; or [t/tp, h], split over it, with ``sequence_parallel``.
+        weight: [v/tp, h]; rank r of ``tp_group`` holds ids r * v/tp to (r + 1) * v/tp - 1. Where it has a
+            ``main_grad``, as under Megatron's DistributedDataParallel, its gradient is added to that, in fp32.
+        labels: Ids below ``vocab_size``, int64 [n], the same on every rank of ``tp_group``.
+        positions: Which of the ``t`` hidden states predicts each label, int64 [n]; one may come several times. None
+            means all of them, in order.
+        bias: [v/tp], or None.
+        logit_scale: Logits are multiplied by it (muP).
+        vocab_size: Ids from here on are padding of the embedding and stay out of the softmax; None means no padding.
+        tp_group: The ranks that share the vocabulary; None means that ``weight`` holds all of it.
+        sequence_parallel: Whether ``hidden`` is split over ``tp_group``.
+        mode: ``cache`` keeps exp(logit - maximum) in the weight's dtype for backward, n * v/tp elements, and takes
+            three matrix products in all; ``recompute`` keeps nothing and takes four; ``auto`` caches up to
+            ``cache_bytes``.
+        cache_bytes: Budget of ``auto``.
+
+    Returns:
+        Log-probs <= 0 in nats, fp32 [n], replicated over ``tp_group``. Backward expects the gradient replicated too.
+
+    Raises:
+        ValueError: If ``mode`` is no mode, or there are not as many positions as labels.
+    """
+    if mode not in get_args(HeadMode):
+        raise ValueError(f"mode ({mode!r}) must be one of {', '.join(get_args(HeadMode))}.")
+    tokens = len(hidden) * (dist.get_world_size(tp_group) if sequence_parallel and tp_group is not None else 1)
+    scored = tokens if positions is None else len(positions)
+    if scored != len(labels):
+        raise ValueError(f"There are {scored} positions to score but {len(labels)} labels: give one label for each.")
+    num_bytes = len(labels) * len(weight) * weight.element_size()
+    cached = mode == "cache" or (mode == "auto" and num_bytes <= cache_bytes)
+    head = _Head(tp_group, sequence_parallel, vocab_size, logit_scale, cached)
+    return _FusedLogps.apply(hidden, weight, bias, labels, positions, head)
 
 
 def vocab_parallel_logps(
@@ -33,6 +103,247 @@ def vocab_parallel_logps(
     return _VocabParallelLogps.apply(logits, labels, tp_group, vocab_size)
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What `fused_logps` was asked for, but for tensors."""
+
+    tp_group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    vocab_size: int | None
+    logit_scale: float
+    cached: bool
+
+    @property
+    def tp_size(self) -> int:
+        return 1 if self.tp_group is None else dist.get_world_size(self.tp_group)
+
+    def scored(self, hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Returns the hidden states that are scored, [n, h]."""
+        if self.sequence_parallel and self.tp_size > 1:
+            whole = hidden.new_empty((self.tp_size * hidden.shape[0], hidden.shape[1]))
+            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.tp_group)
+            hidden = whole
+        return hidden if positions is None else hidden.index_select(0, positions)
+
+    def spread(self, grad: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Adds up the gradient of the scored hidden states over ranks and puts it where they came from."""
+        if positions is not None:
+            tokens = hidden.shape[0] * (self.tp_size if self.sequence_parallel else 1)
+            grad = grad.new_zeros((tokens, hidden.shape[1])).index_add_(0, positions, grad)
+        if self.tp_size == 1:
+            return grad
+        if not self.sequence_parallel:
+            dist.all_reduce(grad, group=self.tp_group)
+            return grad
+        mine = torch.empty_like(hidden)
+        dist.reduce_scatter_tensor(mine, grad, group=self.tp_group)
+        return mine
+
+    def logits(
+        self, scored: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes logits into ``out``, [rows, v/tp]."""
+        if bias is None:
+            torch.mm(scored, weight.t(), out=out)
+        else:
+            torch.addmm(bias, scored, weight.t(), out=out)
+        return out if self.logit_scale == 1 else out.mul_(self.logit_scale)
+
+
+class _FusedLogps(torch.autograd.Function):
+    """See `fused_logps`.
+
+    With z the logits and u = (onehot - softmax(z)) * gradient, dH = u W and dW = u^T H. In cache mode softmax(z) is
+    e * exp(m - M) / S: e = exp(z - m) is kept from forward, m is the shard's maximum, M and S are maximum and sum over
+    all ranks. e becomes u in place, so a second backward recomputes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None,
+        head: _Head,
+    ) -> torch.Tensor:
+        columns, here, num_ids = _shard_labels(labels, len(weight), head.tp_group, head.vocab_size)
+        scored = head.scored(hidden, positions)
+        cached = head.cached and any(ctx.needs_input_grad[:3])
+        kept = weight.new_empty((len(labels) if cached else _rows(len(labels), weight), len(weight)))
+        statistics = torch.empty((3, len(labels)), dtype=torch.float32, device=hidden.device)
+        for chunk in _chunks(len(labels), weight):
+            z = head.logits(scored[chunk], weight, bias, kept[chunk] if cached else kept[: chunk.stop - chunk.start])
+            _exponentiate(z, columns[chunk], here[chunk], num_ids, statistics[:, chunk], keep=cached)
+        maximum, sum_exp, target = _over_ranks(statistics, head.tp_group)
+        # Maximum and log-sum stay apart to the end: their sum would round away what 1 - p is made of near p = 1.
+        log_sum = sum_exp.log()
+        ctx.save_for_backward(hidden, weight, bias, positions, columns, here, maximum, log_sum)
+        ctx.head, ctx.num_ids = head, num_ids
+        ctx.kept = (kept, (statistics[0] - maximum).exp() / sum_exp) if cached else None
+        return (target - maximum) - log_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, positions, columns, here, maximum, log_sum = ctx.saved_tensors
+        head: _Head = ctx.head
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        kept, ctx.kept = ctx.kept, None
+        scored = head.scored(hidden, positions)
+        d_scored = torch.empty_like(scored) if need_hidden else None
+        d_weight = _WeightGradient(weight) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        u_of_all = kept[0] if kept else weight.new_empty((_rows(len(columns), weight), len(weight)))
+        for chunk in _chunks(len(columns), weight):
+            u = u_of_all[chunk] if kept else u_of_all[: chunk.stop - chunk.start]
+            factor, softmax = -grad[chunk], None
+            if kept:
+                factor = factor * kept[1][chunk]
+            else:
+                head.logits(scored[chunk], weight, bias, u)
+                softmax = (maximum[chunk], log_sum[chunk], ctx.num_ids)
+            _to_gradient(u, factor, columns[chunk], grad[chunk] * here[chunk], head.logit_scale, softmax)
+            if d_scored is not None:
+                torch.mm(u, weight, out=d_scored[chunk])
+            if d_weight is not None and not kept:
+                d_weight.add(u, scored[chunk])
+            if d_bias is not None:
+                d_bias += u.sum(dim=0, dtype=torch.float32)
+        if d_weight is not None and kept:
+            d_weight.add(u_of_all, scored)  # one product: one a chunk would each pass over all of dW
+        return (
+            None if d_scored is None else head.spread(d_scored, hidden, positions),
+            None if d_weight is None else d_weight.result(),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _WeightGradient:
+    """The gradient of the weight, added up in fp32: in the weight's ``main_grad`` if a framework keeps one there."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.direct = getattr(weight, "main_grad", None) is not None and hasattr(weight, "grad_added_to_main_grad")
+        self.total: torch.Tensor | None = weight.main_grad if self.direct else None  # type: ignore[attr-defined]
+
+    def add(self, u: torch.Tensor, scored: torch.Tensor) -> None:
+        """Adds u^T H, of u [rows, v/tp] and hidden states [rows, h]."""
+        if self.total is None:
+            self.total = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        if u.dtype == self.total.dtype:
+            self.total.addmm_(u.t(), scored)
+        elif u.is_cuda and self.total.dtype == torch.float32:
+            self.total.add_(torch.mm(u.t(), scored, out_dtype=torch.float32))
+        else:
+            self.total.addmm_(u.t().to(self.total.dtype), scored.to(self.total.dtype))
+
+    def result(self) -> torch.Tensor:
+        """Returns what autograd is given: the gradient, or a stand-in where ``main_grad`` has it already."""
+        if not self.direct:
+            return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
+        # Megatron's hook then only notes that the gradient is there. It adds the stand-in to a weight that says
+        # zero_out_wgrad, because an embedding's gradient may come with it.
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
+        return make(self.weight)
+
+
+def _rows(num_labels: int, weight: torch.Tensor) -> int:
+    """Returns how many rows of logits are computed at once."""
+    return min(num_labels, max(1, _CHUNK_BYTES // (4 * len(weight))))
+
+
+def _chunks(num_labels: int, weight: torch.Tensor) -> Iterator[slice]:
+    """Yields the rows in chunks."""
+    rows = _rows(num_labels, weight)
+    for start in range(0, num_labels, rows or 1):
+        yield slice(start, min(start + rows, num_labels))
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    """Yields the rows of a chunk in blocks that fit the cache of a CPU's core; a GPU takes all at once."""
+    rows = len(logits) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        yield slice(start, start + rows)
+
+
+def _exponentiate(
+    z: torch.Tensor, columns: torch.Tensor, here: torch.Tensor, num_ids: int, statistics: torch.Tensor, keep: bool
+) -> None:
+    """Fills ``statistics`` [3, rows] with maximum, sum of exponentials and target logit of logits [rows, v/tp].
+
+    The logits become exp(z - maximum), if they are to be kept, or nothing that counts.
+    """
+    for block in _blocks(z):
+        f = z[block].float()  # the block itself where it is fp32
+        f[:, num_ids:] = -torch.inf
+        # A shard of padding alone has no finite maximum; the clamp lets it take part with a sum of 0.
+        maximum = f.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
+        statistics[0, block] = maximum
+        statistics[2, block] = f.gather(1, columns[block, None])[:, 0].where(here[block], 0.0)
+        statistics[1, block] = f.sub_(maximum[:, None]).exp_().sum(dim=1)
+        if keep and f.dtype != z.dtype:
+            z[block] = f
+
+
+def _to_gradient(
+    u: torch.Tensor,
+    factor: torch.Tensor,
+    columns: torch.Tensor,
+    target_grad: torch.Tensor,
+    scale: float,
+    softmax: tuple[torch.Tensor, torch.Tensor, int] | None,
+) -> None:
+    """Turns [rows, v/tp] in place into the gradient of the product: scale * (factor * softmax + target's gradient).
+
+    Args:
+        u: Kept exponentials; or logits, of which the softmax is taken first.
+        factor: What each row is multiplied by, [rows].
+        columns: Column of each row's label, [rows].
+        target_grad: What is added there, 0 where the label lies on another rank, [rows].
+        scale: The logits' scale.
+        softmax: Maximum and log-sum over all ranks, [rows] each, and the number of real ids; None for exponentials.
+    """
+    for block in _blocks(u):
+        f = u[block].float()
+        if softmax is not None:
+            maximum, log_sum, num_ids = softmax
+            f[:, num_ids:] = -torch.inf
+            f.sub_(maximum[block, None]).sub_(log_sum[block, None]).exp_()
+        f.mul_(factor[block, None]).scatter_add_(1, columns[block, None], target_grad[block, None])
+        if scale != 1:
+            f.mul_(scale)
+        if f.dtype != u.dtype:
+            u[block] = f
+
+
+def _shard_labels(
+    labels: torch.Tensor, width: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Returns the labels' columns in this rank's shard, whether they lie in it, and how many of its ids are real."""
+    first_id = 0 if tp_group is None else dist.get_rank(tp_group) * width
+    num_ids = width if vocab_size is None else min(max(vocab_size - first_id, 0), width)
+    columns = labels - first_id
+    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width), num_ids
+
+
+def _over_ranks(statistics: torch.Tensor, tp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
+    """Combines maximum, sum of exponentials and target of all ranks' shards, [3, n]."""
+    if tp_group is None or dist.get_world_size(tp_group) == 1:
+        maximum, sum_exp, target = statistics
+        return maximum, sum_exp, target
+    gathered = [torch.empty_like(statistics) for _ in range(dist.get_world_size(tp_group))]
+    dist.all_gather(gathered, statistics.contiguous(), group=tp_group)
+    maxima, sums, targets = torch.stack(gathered, dim=1)
+    maximum = maxima.amax(dim=0)
+    return maximum, (sums * (maxima - maximum).exp()).sum(dim=0), targets.sum(dim=0)
+
+
 def _shard_fp32(logits: torch.Tensor, num_ids: int) -> torch.Tensor:
     """Copies a shard to fp32 with padding ids, those from ``num_ids`` on, at -inf."""
     shard = logits.to(torch.float32, copy=True)
@@ -51,29 +362,13 @@ class _VocabParallelLogps(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
         vocab_size: int | None,
     ) -> torch.Tensor:
-        width = logits.shape[1]
-        tp_size, tp_rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
-        first_id = tp_rank * width
-        num_ids = width if vocab_size is None else min(max(vocab_size - first_id, 0), width)
-
-        columns = labels - first_id
-        here = (columns >= 0) & (columns < width)
-        columns = columns.clamp(0, width - 1)
-
+        columns, here, num_ids = _shard_labels(labels, logits.shape[1], tp_group, vocab_size)
         shard = _shard_fp32(logits, num_ids)
         # A shard of padding alone has no finite maximum; the clamp lets it take part with a sum of 0.
         maximum = shard.amax(dim=1).clamp(min=torch.finfo(torch.float32).min)
         target = shard.gather(1, columns[:, None])[:, 0].where(here, 0.0)
         sum_exp = shard.sub_(maximum[:, None]).exp_().sum(dim=1)
-        statistics = torch.stack([maximum, sum_exp, target])
-        if tp_group is not None:
-            gathered = [torch.empty_like(statistics) for _ in range(tp_size)]
-            dist.all_gather(gathered, statistics, group=tp_group)
-            maxima, sums, targets = torch.stack(gathered, dim=1)
-            maximum = maxima.amax(dim=0)
-            sum_exp = (sums * (maxima - maximum).exp()).sum(dim=0)
-            target = targets.sum(dim=0)
-
+        maximum, sum_exp, target = _over_ranks(torch.stack([maximum, sum_exp, target]), tp_group)
         # Maximum and log-sum stay apart to the end: their sum would round away what 1 - p is made of near p = 1.
         log_sum = sum_exp.log()
         ctx.save_for_backward(logits, columns, here, maximum, log_sum)

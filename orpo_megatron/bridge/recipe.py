@@ -73,6 +73,8 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "comm_overlap.tp_comm_overlap": (False, f"its buffers have one size, and {_VARYING}"),
     "model.overlap_moe_expert_parallel_comm": (False, "its schedule takes no output processor"),
     "comm_overlap.overlap_moe_expert_parallel_comm": (False, "its schedule takes no output processor"),
+    "model.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
+    "comm_overlap.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
     "model.hybrid_context_parallel": (False, "its schedule packs rows by itself"),
 }
 #: Bridge's settings that are used before Bridge could check them.

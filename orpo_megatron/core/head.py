@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.logps import vocab_parallel_logps
+from orpo_megatron.logps import fused_logps
 
 
 def score_tokens(
@@ -40,15 +38,16 @@ def score_tokens(
     Returns:
         Log-probs of the row's scored tokens, fp32 [n], replicated over the tensor-parallel group.
     """
-    tp_group = output_layer.tp_group
-    if config.sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
-    scored = hidden_states[:, 0].index_select(0, context.score_positions)
-    if not config.sequence_parallel:
-        scored = copy_to_tensor_model_parallel_region(scored, group=tp_group)
     # The layer is not called, only read, so what waits for its weights to be gathered (overlap_param_gather) is.
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())
-    weight = output_layer.weight if output_weight is None else output_weight
-    logits = scale_logits(F.linear(scored, weight, output_layer.bias))
-    return vocab_parallel_logps(logits, context.score_labels, tp_group)
+    return fused_logps(
+        hidden_states[:, 0],
+        output_layer.weight if output_weight is None else output_weight,
+        context.score_labels,
+        positions=context.score_positions,
+        bias=output_layer.bias,
+        logit_scale=float(scale_logits(torch.ones(()))),  # on the host, which nothing has to wait for
+        tp_group=output_layer.tp_group,
+        sequence_parallel=config.sequence_parallel,
+    )
