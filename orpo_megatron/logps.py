@@ -234,6 +234,9 @@ class _WeightGradient:
     def add(self, u: torch.Tensor, scored: torch.Tensor) -> None:
         """Adds u^T H, of u [rows, v/tp] and hidden states [rows, h]."""
         if self.total is None:
+            if u.dtype == torch.float32:
+                self.total = torch.mm(u.t(), scored)
+                return
             self.total = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         if u.dtype == self.total.dtype:
             self.total.addmm_(u.t(), scored)
