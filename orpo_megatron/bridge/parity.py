@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.bridge.recipe import Recipe, build_recipe
+from orpo_megatron.bridge.recipe import UNEVEN_STAGES, Recipe, build_recipe
 from orpo_megatron.config import ConfigError, nearest
 from orpo_megatron.data.dataset import pack_row
 from orpo_megatron.data.plan import StepPlan
@@ -46,25 +46,15 @@ SIZES = {
 _UNSPLIT: dict[str, Any] = {name: 1 for name in SIZES} | {"vpp": None, "sp": False}
 #: Settings of the model that only say how a split is laid out: kept where these sizes are the recipe's own.
 _LAYOUTS = {
-    ("pp", "vpp"): (
-        "pipeline_model_parallel_layout",
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-        "microbatch_group_size_per_vp_stage",
-        "batch_p2p_comm",
-    ),
+    ("pp", "vpp"): (*UNEVEN_STAGES, "microbatch_group_size_per_vp_stage", "batch_p2p_comm"),
     ("cp",): ("cp_comm_type", "hierarchical_context_parallel_sizes"),
 }
 #: Settings that save memory or time and should change nothing; the reference has none of them.
 _SHORTCUTS = (
     "recompute_",
     "overlap_",
-    "tp_comm_overlap",
     "cuda_graph_",
     "delay_wgrad_compute",
-    "defer_embedding_wgrad_compute",
     "cpu_offloading",
     "moe_shared_expert_overlap",
 )

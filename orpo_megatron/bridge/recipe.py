@@ -95,6 +95,14 @@ _WHOLE_NUMBERS = (
         "expert_tensor",
     )
 )
+#: Bridge's settings by which stages get different numbers of layers.
+UNEVEN_STAGES = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 #: Settings that say how a run is laid out and computed: they change neither its model nor its data.
 LAYOUT_SETTINGS = frozenset(
     f"model.{name}"
@@ -106,18 +114,9 @@ LAYOUT_SETTINGS = frozenset(
         "hierarchical_context_parallel_sizes",
         "moe_token_dispatcher_type",
         "deallocate_pipeline_outputs",
-        *("pipeline_model_parallel_layout", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
-        *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+        *UNEVEN_STAGES,
     )
 ) | {"optimizer.use_distributed_optimizer", "optimizer.overlap_param_gather", "data.pad_to_multiple_of"}
-#: Bridge's settings by which stages get different numbers of layers.
-_UNEVEN_STAGES = (
-    "pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
 #: Settings of the model section that are ours.
 _MODEL_SOURCE = ("hf", "config")
 #: What a run writes about itself beside its settings; a recipe that holds it can be used again.
@@ -360,7 +359,7 @@ def _check_stages(recipe: Recipe, layers: int | None) -> None:
             f"model.microbatch_group_size_per_vp_stage ({group}) must be at least model.pipeline_model_parallel_size "
             f"({pp}). Leave it out to have it so."
         )
-    if layers is None or any(recipe.setting(f"model.{name}") for name in _UNEVEN_STAGES):
+    if layers is None or any(recipe.setting(f"model.{name}") for name in UNEVEN_STAGES):
         return
     if layers % pp:
         raise ConfigError(

@@ -44,7 +44,7 @@ from orpo_megatron.bridge.parity import (
 from orpo_megatron.bridge.ranks import from_all_ranks
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.train import finalise
-from orpo_megatron.config import ConfigError, OrpoConfig
+from orpo_megatron.config import OrpoConfig
 from orpo_megatron.console import rank
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.metrics import METRICS, count_pairs, evaluation_metrics
@@ -107,8 +107,6 @@ class Session:
     def _container(self) -> ConfigContainer:
         """Returns Bridge's configuration; weights come from where a run's would."""
         recipe = self.recipe
-        if recipe.setting("dist.use_megatron_fsdp") or recipe.setting("dist.use_torch_fsdp2"):
-            raise ConfigError("dist.use_megatron_fsdp and dist.use_torch_fsdp2 must be false: FSDP is not compared.")
         from_checkpoint = bool(recipe.sections.get("peft")) or recipe.setting("checkpoint.pretrained_checkpoint")
         bridge = make_bridge(recipe, self.hf_config)
         provider = make_provider(recipe, bridge, load_weights=not from_checkpoint)

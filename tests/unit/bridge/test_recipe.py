@@ -218,7 +218,7 @@ def test_every_replaced_or_exact_setting_exists_in_bridge() -> None:
     from orpo_megatron.bridge import recipe
 
     known = bridge_settings()
-    uneven = [f"model.{name}" for name in recipe._UNEVEN_STAGES]
+    uneven = [f"model.{name}" for name in recipe.UNEVEN_STAGES]
     for name in [*recipe._REPLACED_SETTINGS, *recipe._EXACT_SETTINGS, *recipe._WHOLE_NUMBERS, *uneven]:
         section, key = name.split(".")
         assert key in known[section], name

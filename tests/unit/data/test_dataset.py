@@ -115,6 +115,17 @@ def test_row_by_hand_response_only_and_padded() -> None:
     }
 
 
+NOTHING_SCORED: dict[str, Any] = {
+    "score_positions": [],
+    "score_labels": [],
+    "score_is_response": [],
+    "score_lengths": [0],
+    "num_scored_tokens": [0],
+    "num_response_tokens": [0],
+    "pair_ids": [],
+}
+
+
 @pytest.mark.parametrize(("multiple", "length"), [(1, 2), (2, 2), (16, 16)])
 def test_row_without_pairs(multiple: int, length: int) -> None:
     dataset = rows_of([A], rows_per_step=2, sequence_multiple_of=multiple)
@@ -123,13 +134,7 @@ def test_row_without_pairs(multiple: int, length: int) -> None:
         "position_ids": list(range(length)),
         "padding_mask": [True] * length,
         "cu_seqlens": [0, length],
-        "score_positions": [],
-        "score_labels": [],
-        "score_is_response": [],
-        "score_lengths": [0],
-        "num_scored_tokens": [0],
-        "num_response_tokens": [0],
-        "pair_ids": [],
+        **NOTHING_SCORED,
         "num_nll_tokens": 4,
         "num_pairs": 1,
     }
@@ -144,13 +149,7 @@ def test_a_filled_row_without_pairs() -> None:
         "position_ids": [0, 1, 2, 3],
         "padding_mask": [False, False, True, True],
         "cu_seqlens": [0, 4],
-        "score_positions": [],
-        "score_labels": [],
-        "score_is_response": [],
-        "score_lengths": [0],
-        "num_scored_tokens": [0],
-        "num_response_tokens": [0],
-        "pair_ids": [],
+        **NOTHING_SCORED,
         "num_nll_tokens": 1,
         "num_pairs": 1,
     }
