@@ -13,17 +13,22 @@ import torch
 class PackedRow:
     """Whole preference pairs laid end to end in one row of ``t`` tokens, ready for packed attention.
 
-    Sequence ``2 * i`` is the chosen and ``2 * i + 1`` the rejected side of pair ``i``; each starts with its own
-    copy of the prompt. A row without pairs holds one dummy sequence and scores nothing. The row is the same on
-    every tensor- and pipeline-parallel rank and differs between data-parallel ranks. Context-parallel ranks each hold
-    a share of it (``segments.context_shard``), whose ``t`` and ``n`` are smaller; what says "whole" stays.
+    Sequence ``2 * i`` is the chosen and ``2 * i + 1`` the rejected side of pair ``i``. A row is made of segments,
+    between which no attention passes: each sequence is one, or, where a pair shares its prompt, both of its sequences
+    are, as [prompt, chosen, rejected]. A row without pairs holds one dummy sequence and scores nothing. The row is the
+    same on every tensor- and pipeline-parallel rank and differs between data-parallel ranks. Context-parallel ranks
+    each hold a share of it (``segments.context_shard``), whose ``t`` and ``n`` are smaller; what says "whole" stays.
 
     Attributes:
         tokens: Token ids, int64 [t].
         position_ids: Position of each token in its own sequence, int64 [t].
         padding_mask: True where a token is padding, bool [t].
-        cu_seqlens: Where each padded sequence starts in the whole row, closed by its length, int32 [sequences + 1].
-        score_positions: Positions whose hidden state predicts a scored token, sorted by sequence, int64 [n].
+        cu_seqlens: Where each padded segment starts in the whole row, closed by its length, int32 [segments + 1].
+        prompt_ends: Where the shared prompt of each whole segment ends, from its own start, int64 [segments].
+        chosen_ends: Where its chosen side ends, int64 [segments]; what follows, the rejected side and padding, attends
+            to the prompt and to itself. Both are the segment's length where nothing is shared.
+        score_positions: Positions whose hidden state predicts a scored token, sorted by sequence, int64 [n]. The end
+            of a shared prompt predicts the first token of both responses.
         score_labels: The token that each of them predicts, int64 [n].
         score_is_response: True where that token belongs to a response (else to a prompt), bool [n].
         score_lengths: How many of the ``n`` belong to each sequence, int64 [sequences].
@@ -38,6 +43,8 @@ class PackedRow:
     position_ids: torch.Tensor
     padding_mask: torch.Tensor
     cu_seqlens: torch.Tensor
+    prompt_ends: torch.Tensor
+    chosen_ends: torch.Tensor
     score_positions: torch.Tensor
     score_labels: torch.Tensor
     score_is_response: torch.Tensor
@@ -50,8 +57,13 @@ class PackedRow:
 
     @property
     def max_seqlen(self) -> int:
-        """Length of the longest padded sequence in tokens."""
-        return int(self.cu_seqlens.diff().max())
+        """Length of the longest sequence of a whole row in tokens, with its padding."""
+        return int(self.position_ids.max()) + 1
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether any two sequences of the row share their prompt."""
+        return bool((self.chosen_ends < self.cu_seqlens.diff()).any())
 
     def to(self, device: torch.device | str | int) -> PackedRow:
         """Returns the row with every tensor on ``device``."""

@@ -28,16 +28,24 @@ class OrpoConfig:
         nll_scope: Which tokens of the chosen sequence the NLL covers.
         nll_reduction: ``tokens`` averages the NLL over all tokens of the global batch, ``pairs`` over each pair
             first and then over pairs.
+        head: What the head does about softmaxes in backward: ``cache`` keeps exponentials from forward, ``recompute``
+            keeps nothing and computes the logits again. ``auto`` caches up to ``head_cache_gib``. The result is the
+            same up to rounding, so a run may go on with another.
+        head_cache_gib: Budget of ``auto`` in GiB, for a microbatch on one rank; a rank holds one cache at a time.
     """
 
     beta: float = 0.1
     nll_scope: Literal["prompt_and_response", "response"] = "prompt_and_response"
     nll_reduction: Literal["tokens", "pairs"] = "tokens"
+    head: Literal["auto", "cache", "recompute"] = "auto"
+    head_cache_gib: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks ranges."""
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ConfigError(f"orpo.beta ({self.beta}) must be a finite number of at least 0.")
+        if not (math.isfinite(self.head_cache_gib) and self.head_cache_gib >= 0):
+            raise ConfigError(f"orpo.head_cache_gib ({self.head_cache_gib}) must be a finite number of at least 0.")
 
 
 LAYOUTS = ("auto", "explicit_prompt", "implicit_prompt", "prompt_beside", "hh", "sharegpt")
@@ -64,6 +72,8 @@ class DataConfig:
         rows_per_step: Packed rows in a global batch; planned where it is not given.
         pad_to_multiple_of: What the length of every packed sequence is padded to a multiple of, beside what the
             layout and the precision demand. At ``max_length`` every sequence takes as much as in a padded batch.
+        share_prefix: Whether the prompt of a pair is computed once for both responses (``on``) or for each of them
+            (``off``); the result is the same. ``auto`` decides by what it saves, and says so.
         shuffle: Whether each epoch visits the pairs in a new order, drawn from ``rng.seed``.
         max_bad_rows: Rows that may be unusable (broken, empty, too long, ...) before a run refuses to start: a
             count if a whole number of at least 1, else a fraction of all rows.
@@ -84,12 +94,15 @@ class DataConfig:
     max_tokens_per_row: int | None = None
     rows_per_step: int | None = None
     pad_to_multiple_of: int = 1
+    share_prefix: Literal["auto", "on", "off"] | bool = "auto"
     shuffle: bool = True
     max_bad_rows: int | float = 0.05
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
         """Checks ranges."""
+        if isinstance(self.share_prefix, bool):  # what YAML makes of on and off
+            object.__setattr__(self, "share_prefix", "on" if self.share_prefix else "off")
         for name in ("max_length", "max_prompt_length", "pairs_per_step", "pad_to_multiple_of"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} ({getattr(self, name)}) must be at least 1.")
@@ -186,8 +199,9 @@ def checked_value(value: Any, hint: Any, name: str) -> Any:
             return float(value)
         elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
             return value
-    if typing.get_origin(hint) is Literal:
-        raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(map(str, typing.get_args(hint)))}.")
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            raise ConfigError(f"{name} ({value!r}) must be one of {', '.join(map(str, typing.get_args(option)))}.")
     words = " or ".join(_in_words(option) for option in options)
     raise ConfigError(f"{name} ({value!r}) must be of type {words}.")
 

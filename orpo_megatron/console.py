@@ -15,6 +15,8 @@ from typing import TextIO, cast
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
+#: How long other ranks let rank 0 speak first.
+GRACE_SECONDS = 10.0
 
 
 def rank() -> int:
@@ -29,7 +31,19 @@ def say(message: str) -> None:
         sys.__stderr__.flush()  # type: ignore[union-attr]
 
 
-def tell_torchrun(message: str) -> None:
+def report_error(message: str) -> None:
+    """Says an error that every rank may have found: rank 0 to the user, each rank to torchrun.
+
+    torchrun ends all processes as soon as one of them ends, so the other ranks wait for rank 0, which may have
+    found the same, to be heard.
+    """
+    say(f"error: {message}")
+    _tell_torchrun(message)
+    if rank() != 0:
+        time.sleep(GRACE_SECONDS)
+
+
+def _tell_torchrun(message: str) -> None:
     """Leaves an error's message where torchrun looks for it, so that its closing summary shows it.
 
     Source: ``TORCHELASTIC_ERROR_FILE`` of torch.distributed.elastic.

@@ -13,14 +13,14 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 
+from orpo_megatron.elementwise import exponentiate, to_gradient
+
 HeadMode = Literal["auto", "cache", "recompute"]
 
 #: Up to so many bytes a microbatch, ``auto`` keeps exponentials for backward.
 CACHE_BYTES = 2**30
 #: Logits that are computed at once, in bytes of fp32: matrix products want many rows, memory few.
 _CHUNK_BYTES = 2**27
-#: Of these, what the elementwise passes take at once: on a CPU it has to fit a core's cache.
-_BLOCK_BYTES = 2**20
 
 
 def fused_logps(
@@ -175,7 +175,7 @@ class _FusedLogps(torch.autograd.Function):
         statistics = torch.empty((3, len(labels)), dtype=torch.float32, device=hidden.device)
         for chunk in _chunks(len(labels), weight):
             z = head.logits(scored[chunk], weight, bias, kept[chunk] if cached else kept[: chunk.stop - chunk.start])
-            _exponentiate(z, columns[chunk], here[chunk], num_ids, statistics[:, chunk], keep=cached)
+            exponentiate(z, columns[chunk], here[chunk], num_ids, statistics[:, chunk], keep=cached)
         maximum, sum_exp, target = _over_ranks(statistics, head.tp_group)
         # Maximum and log-sum stay apart to the end: their sum would round away what 1 - p is made of near p = 1.
         log_sum = sum_exp.log()
@@ -204,7 +204,7 @@ class _FusedLogps(torch.autograd.Function):
             else:
                 head.logits(scored[chunk], weight, bias, u)
                 softmax = (maximum[chunk], log_sum[chunk], ctx.num_ids)
-            _to_gradient(u, factor, columns[chunk], grad[chunk] * here[chunk], head.logit_scale, softmax)
+            to_gradient(u, factor, columns[chunk], grad[chunk] * here[chunk], head.logit_scale, softmax)
             if d_scored is not None:
                 torch.mm(u, weight, out=d_scored[chunk])
             if d_weight is not None and not kept:
@@ -266,63 +266,6 @@ def _chunks(num_labels: int, weight: torch.Tensor) -> Iterator[slice]:
     rows = _rows(num_labels, weight)
     for start in range(0, num_labels, rows or 1):
         yield slice(start, min(start + rows, num_labels))
-
-
-def _blocks(logits: torch.Tensor) -> Iterator[slice]:
-    """Yields the rows of a chunk in blocks that fit the cache of a CPU's core; a GPU takes all at once."""
-    rows = len(logits) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
-    for start in range(0, len(logits), rows):
-        yield slice(start, start + rows)
-
-
-def _exponentiate(
-    z: torch.Tensor, columns: torch.Tensor, here: torch.Tensor, num_ids: int, statistics: torch.Tensor, keep: bool
-) -> None:
-    """Fills ``statistics`` [3, rows] with maximum, sum of exponentials and target logit of logits [rows, v/tp].
-
-    The logits become exp(z - maximum), if they are to be kept, or nothing that counts.
-    """
-    for block in _blocks(z):
-        f = z[block].float()  # the block itself where it is fp32
-        f[:, num_ids:] = -torch.inf
-        # A shard of padding alone has no finite maximum; the clamp lets it take part with a sum of 0.
-        maximum = f.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
-        statistics[0, block] = maximum
-        statistics[2, block] = f.gather(1, columns[block, None])[:, 0].where(here[block], 0.0)
-        statistics[1, block] = f.sub_(maximum[:, None]).exp_().sum(dim=1)
-        if keep and f.dtype != z.dtype:
-            z[block] = f
-
-
-def _to_gradient(
-    u: torch.Tensor,
-    factor: torch.Tensor,
-    columns: torch.Tensor,
-    target_grad: torch.Tensor,
-    scale: float,
-    softmax: tuple[torch.Tensor, torch.Tensor, int] | None,
-) -> None:
-    """Turns [rows, v/tp] in place into the gradient of the product: scale * (factor * softmax + target's gradient).
-
-    Args:
-        u: Kept exponentials; or logits, of which the softmax is taken first.
-        factor: What each row is multiplied by, [rows].
-        columns: Column of each row's label, [rows].
-        target_grad: What is added there, 0 where the label lies on another rank, [rows].
-        scale: The logits' scale.
-        softmax: Maximum and log-sum over all ranks, [rows] each, and the number of real ids; None for exponentials.
-    """
-    for block in _blocks(u):
-        f = u[block].float()
-        if softmax is not None:
-            maximum, log_sum, num_ids = softmax
-            f[:, num_ids:] = -torch.inf
-            f.sub_(maximum[block, None]).sub_(log_sum[block, None]).exp_()
-        f.mul_(factor[block, None]).scatter_add_(1, columns[block, None], target_grad[block, None])
-        if scale != 1:
-            f.mul_(scale)
-        if f.dtype != u.dtype:
-            u[block] = f
 
 
 def _shard_labels(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,51 @@ def zigzag_positions(lengths: Sequence[int], cp_size: int, cp_rank: int) -> torc
     return torch.cat(parts)
 
 
+class Span(NamedTuple):
+    """Consecutive queries of a rank, and the keys of the whole row that they attend to.
+
+    The last query attends to all of them, each one before to one key less.
+
+    Attributes:
+        num_queries: How many queries of the rank, in the order in which it holds them.
+        keys: (start, stop) of the parts of the whole row, at most two, that hold the keys, in order.
+    """
+
+    num_queries: int
+    keys: tuple[tuple[int, int], ...]
+
+
+def attention_spans(row: PackedRow, cp_size: int = 1, cp_rank: int = 0) -> list[Span]:
+    """Returns which keys each query of a row attends to.
+
+    Causal attention inside each segment, and in a pair that shares its prompt from the rejected response to the
+    prompt and to itself: in each span a causal mask that is aligned with the last query and the last key.
+
+    Args:
+        row: The whole row, on the CPU.
+        cp_size: Size of the context-parallel group.
+        cp_rank: Rank in that group, whose queries these are.
+
+    Returns:
+        The spans, whose queries follow one another as the rank holds them.
+
+    Raises:
+        ValueError: As ``zigzag_chunks``.
+    """
+    spans = []
+    starts, lengths = row.cu_seqlens.tolist(), row.cu_seqlens.diff().tolist()
+    ends = zip(row.prompt_ends.tolist(), row.chosen_ends.tolist(), strict=True)
+    chunks_of = zigzag_chunks(lengths, cp_size, cp_rank)
+    for begin, (prompt_end, chosen_end), chunks in zip(starts[:-1], ends, chunks_of, strict=True):
+        for start, stop in chunks:
+            fork = min(max(start, chosen_end), stop)
+            if start < fork:
+                spans.append(Span(fork - start, ((begin, begin + fork),)))
+            if fork < stop:
+                spans.append(Span(stop - fork, ((begin, begin + prompt_end), (begin + chosen_end, begin + stop))))
+    return spans
+
+
 def context_shard(row: PackedRow, cp_size: int, cp_rank: int) -> PackedRow:
     """Returns a context-parallel rank's share of a row.
 
@@ -64,8 +109,8 @@ def context_shard(row: PackedRow, cp_size: int, cp_rank: int) -> PackedRow:
         cp_rank: Rank in that group.
 
     Returns:
-        The row with the tokens and scored positions that the rank holds; ``cu_seqlens`` and all counts stay those of
-        the whole row.
+        The row with the tokens and scored positions that the rank holds; where segments start and end, and all counts,
+        stay those of the whole row.
 
     Raises:
         ValueError: As ``zigzag_chunks``.

@@ -14,7 +14,7 @@ import yaml
 from orpo_megatron import __version__
 from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.console import logged_to, rank, say, tell_torchrun
+from orpo_megatron.console import logged_to, rank, report_error, say
 from orpo_megatron.machine import use_machine
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(load_recipe(args.recipe, args.overrides), args.dry_run)
     except ConfigError as error:
-        # Every rank finds the same error; one says it.
-        say(f"error: {error}")
-        tell_torchrun(str(error))
+        report_error(str(error))
         return EXIT_ERROR
 
 
@@ -158,7 +156,7 @@ def _dry_run(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) ->
         say(f"\n{store.report.summary()}")
         if len(store.report.bad_rows) > ROWS_IN_SUMMARY:
             say("  all unusable rows:\n" + "\n".join(f"    {row}" for row in store.report.bad_rows))
-    say(f"\n{prepared.plan.summary()}\n\nNothing was trained (--dry-run).")
+    say(f"\n{prepared.plan.summary()}\nprompts      {prepared.prompts}\n\nNothing was trained (--dry-run).")
     return 0
 
 
@@ -167,7 +165,7 @@ def _announce(recipe: Recipe, prepared: Prepared, step: int, world_size: int) ->
     from orpo_megatron.bridge.parity import describe_sharding
 
     say(prepared.store.report.summary())
-    say(str(prepared.plan.summary()))
+    say(f"{prepared.plan.summary()}\nprompts      {prepared.prompts}")
     say(f"objective    beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope} by {recipe.orpo.nll_reduction}")
     say(f"processes    {world_size} ({describe_sharding(recipe, world_size)})")
     if step:

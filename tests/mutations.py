@@ -88,10 +88,24 @@ MUTATIONS = (
     ),
     Mutation(
         "attention reaches across sequences",
-        "orpo_megatron/core/attention.py",
-        "lengths = packed_seq_params.cu_seqlens_q.diff().tolist()",
-        "lengths = [int(packed_seq_params.cu_seqlens_q[-1])]",
+        "orpo_megatron/segments.py",
+        "spans.append(Span(fork - start, ((begin, begin + fork),)))",
+        "spans.append(Span(fork - start, ((0, begin + fork),)))",
         ("tests/unit/core/test_attention.py",),
+    ),
+    Mutation(
+        "a rejected response sees the chosen one",
+        "orpo_megatron/segments.py",
+        "((begin, begin + prompt_end), (begin + chosen_end, begin + stop))",
+        "((begin, begin + stop),)",
+        ("tests/unit/core/test_attention.py",),
+    ),
+    Mutation(
+        "the end of a shared prompt is scored once",
+        "orpo_megatron/data/dataset.py",
+        "np.concatenate(([prompt_end - 1], rejected[:-1]))",
+        "np.concatenate(([chosen_end - 1], rejected[:-1]))",
+        ("tests/unit/data/test_dataset.py",),
     ),
     Mutation(
         "log-probs are averaged in bf16",

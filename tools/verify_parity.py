@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from orpo_megatron.bridge import parity
 from orpo_megatron.bridge.recipe import Recipe, load_recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.console import logged_to, rank, say, tell_torchrun
+from orpo_megatron.console import logged_to, rank, report_error, say
 from orpo_megatron.machine import use_machine
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         started = time.monotonic()
         comparison = compare(recipe, reference, args.tolerance, args.batch)
     except ConfigError as error:
-        # Every rank finds the same error; one says it.
-        say(f"error: {error}")
-        tell_torchrun(str(error))
+        report_error(str(error))
         return EXIT_ERROR
     except Exception:  # status 1 says that the two sides differ, and nothing else
         traceback.print_exc()
@@ -78,7 +76,8 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None, batch: s
     plan = prepared.plan
     multiples = plan.sequence_multiple_of, prepare.sequence_multiple(reference)
     if batch is None:
-        rows, reference_rows = (parity.first_batch(prepared.store, plan, multiple) for multiple in multiples)
+        rows = parity.first_batch(prepared.store, plan, multiples[0], plan.share_prefix)
+        reference_rows = parity.first_batch(prepared.store, plan, multiples[1])
     else:
         rows = reference_rows = kept.load_rows(batch)
         check_batch(rows, batch, math.lcm(*multiples), plan.rows_per_step)
@@ -87,6 +86,7 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None, batch: s
         f"{sum(len(row.pair_ids) for row in rows)} pairs in {len(rows)} rows on {world_size} processes\n"
         f"reference    {parity.describe_sharding(reference, world_size)} (every replica runs all rows)\n"
         f"recipe       {parity.describe_sharding(recipe, world_size)}"
+        f"{', prompts computed once a pair' if rows[0].shares_prefix else ''}"
     )
     if not exact:
         say(

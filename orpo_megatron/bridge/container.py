@@ -126,8 +126,10 @@ def make_container(
     return ConfigContainer(
         model=provider,
         dataset=dataset,
-        # Bridge only asks it for the size of the vocabulary.
-        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size - 1),
+        # Bridge only asks it for the size of the vocabulary, and pads none that comes from elsewhere.
+        tokenizer=TokenizerConfig(
+            tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size, use_tokenizer_vocab_size=True
+        ),
         mixed_precision=_mixed_precision(given.get("mixed_precision")),
         env_vars=given.get("env_vars", {}),
         **{name: build(name, cls) for name, cls in classes.items()},

@@ -15,10 +15,12 @@ from orpo_megatron.bridge.apply import apply_settings
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.core.attention import packed_local_layer_spec
+from orpo_megatron.core.attention import packed_local_layer_spec, shared_prefix_layer_spec
 
 # A checkpoint names the layer specification and the data set by their import paths.
 register_allowed_target_prefix("orpo_megatron")
+#: Parameters with a row for each id.
+_VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
@@ -31,11 +33,33 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
         name = ", ".join(hf_config.architectures or [hf_config.model_type])
         known = ", ".join(AutoBridge.list_supported_models())
         raise ConfigError(f"Megatron-Bridge has no bridge for {name}. It has these: {known}.")
-    return AutoBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
+    return _TrimmingBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
+
+
+class _TrimmingBridge(AutoBridge[Any]):
+    """Bridge 0.6 pads a vocabulary's weights on import and leaves the padding in on export. This one cuts it off.
+
+    Else transformers would not load what was exported.
+    """
+
+    @property
+    def _model_bridge(self) -> Any:
+        bridge = super()._model_bridge  # a new one each time
+        modify = bridge.maybe_modify_converted_hf_weight
+        vocab_size = getattr(self.hf_pretrained.config, "vocab_size", None)
+
+        def trim(task: Any, weights: dict[str, torch.Tensor], hf_state: Any) -> dict[str, torch.Tensor]:
+            weights = modify(task, weights, hf_state)
+            if task.global_param_name not in _VOCABULARY_WEIGHTS:
+                return weights
+            return {name: weight[:vocab_size] for name, weight in weights.items()}
+
+        bridge.maybe_modify_converted_hf_weight = trim
+        return bridge
 
 
 def make_provider(
-    recipe: Recipe, bridge: AutoBridge[Any], *, load_weights: bool, here: bool = True
+    recipe: Recipe, bridge: AutoBridge[Any], *, load_weights: bool, here: bool = True, share_prefix: bool = False
 ) -> GPTModelProvider:
     """Makes the model provider of a run.
 
@@ -44,6 +68,7 @@ def make_provider(
         bridge: From ``make_bridge``.
         load_weights: Whether weights come from Hugging Face; False where a checkpoint brings them.
         here: Whether to fit it to this machine, or leave it as a machine with GPUs takes it.
+        share_prefix: Whether it has to take pairs that share their prompt.
 
     Returns:
         The provider, not yet finalised.
@@ -56,6 +81,8 @@ def make_provider(
     provider.hidden_dropout = provider.attention_dropout = 0.0
     provider.calculate_per_token_loss = False
     provider.cross_entropy_loss_fusion = False
+    # Times the tensor parallel size: no more padding than that split takes, where Bridge's default would pad further.
+    provider.make_vocab_size_divisible_by = 1
     if recipe.parallel_size("virtual_pipeline_model") > 1:
         # Batched exchange of both directions crosses them over gloo: wrong without a word for rows of one length.
         provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
@@ -64,6 +91,8 @@ def make_provider(
     provider.moe_token_dispatcher_type = "alltoall"
     provider.expert_tensor_parallel_size = 1
     set_dtype(provider, torch.float32)
+    if share_prefix:
+        provider.transformer_layer_spec, provider.apply_rope_fusion = shared_prefix_layer_spec, False
     if here:
         fit_to_machine(provider)
     elif not HAVE_TE:

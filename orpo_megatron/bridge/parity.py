@@ -140,7 +140,9 @@ def reference_recipe(recipe: Recipe, sizes: Mapping[str, Any]) -> Recipe:
     return build_recipe(values)
 
 
-def first_batch(store: PairStore, plan: StepPlan, sequence_multiple_of: int) -> list[PackedRow]:
+def first_batch(
+    store: PairStore, plan: StepPlan, sequence_multiple_of: int, share_prefix: bool = False
+) -> list[PackedRow]:
     """Packs the pairs of a plan's first step.
 
     Args:
@@ -148,6 +150,7 @@ def first_batch(store: PairStore, plan: StepPlan, sequence_multiple_of: int) -> 
         plan: Their plan, which says which of them share a row. Routers see a row at a time, so that both sides of a
             comparison must have the same ones.
         sequence_multiple_of: What every sequence's length is padded to a multiple of.
+        share_prefix: Whether a row holds the prompt of a pair once.
 
     Returns:
         All rows of the step.
@@ -161,6 +164,7 @@ def first_batch(store: PairStore, plan: StepPlan, sequence_multiple_of: int) -> 
             pad_token_id=store.pad_token_id,
             num_nll_tokens=plan.num_nll_tokens(0),
             num_pairs=plan.num_pairs(0),
+            share_prefix=share_prefix,
             filler=store[int(plan.pairs(0)[0])],
         )
         for pair_ids in plan.rows(0)

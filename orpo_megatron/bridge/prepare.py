@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from orpo_megatron.bridge.prefix import choose_prefix
 from orpo_megatron.bridge.recipe import Recipe, check_layout
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.cache import build_once
@@ -29,12 +30,14 @@ class Prepared:
         plan: Their steps.
         eval_store: Token ids of the held-out pairs, if the recipe has any.
         eval_plan: An evaluation's steps.
+        prompts: What was decided about prompts, in words.
     """
 
     store: PairStore
     plan: StepPlan
     eval_store: PairStore | None
     eval_plan: StepPlan | None
+    prompts: str
 
 
 def model_source(recipe: Recipe) -> str:
@@ -141,6 +144,7 @@ def prepare_run(
         # The interleaved schedule takes microbatches in groups, one for each stage by default.
         group = recipe.setting("model.microbatch_group_size_per_vp_stage", recipe.parallel_size("pipeline_model"))
         rows_at_once *= int(group)
+    prefix = choose_prefix(recipe, hf_config, store.lengths)
     plan = make_plan(
         store.lengths,
         nll_scope=recipe.orpo.nll_scope,
@@ -152,6 +156,7 @@ def prepare_run(
         rows_multiple_of=rows_at_once,
         rows_per_step=rows_per_step or data.rows_per_step,
         sequence_multiple_of=multiple,
+        share_prefix=prefix.shared,
     )
     eval_plan = None
     if eval_store is not None:
@@ -162,8 +167,9 @@ def prepare_run(
             max_tokens_per_row=data.row_budget,
             rows_multiple_of=rows_at_once,
             sequence_multiple_of=multiple,
+            share_prefix=prefix.shared,
         )
-    return Prepared(store, plan, eval_store, eval_plan)
+    return Prepared(store, plan, eval_store, eval_plan, prefix.why)
 
 
 def num_steps(recipe: Recipe, num_pairs: int) -> int:

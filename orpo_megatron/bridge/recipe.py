@@ -39,6 +39,8 @@ _REPLACED_SETTINGS = {
     "validation.eval_micro_batch_size": "A microbatch is one packed row.",
     "model.seq_length": "It follows from data.max_tokens_per_row.",
     "model.vocab_size": "It follows from the model.",
+    "model.should_pad_vocab": "The vocabulary is padded to a multiple of the tensor parallel size by itself. Give "
+    "model.make_vocab_size_divisible_by to pad it further.",
     "model.variable_seq_lengths": "It is on wherever pipeline stages exchange packed rows.",
     "model.transformer_layer_spec": "It is Transformer Engine's where that is installed, else the local one.",
     "checkpoint.save": "Checkpoints lie in run.dir.",
@@ -57,7 +59,6 @@ _EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.attention_dropout": (0.0, _LAYOUT),
     "peft.dropout": (0.0, _LAYOUT),
     "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
-    "model.should_pad_vocab": (False, "padding of the vocabulary would take part in the softmax"),
     "ddp.check_for_nan_in_grad": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
     "ddp.check_for_large_grads": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
     "ddp.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
@@ -84,6 +85,7 @@ _WHOLE_NUMBERS = (
     "checkpoint.save_interval",
     "rng.seed",
     "model.microbatch_group_size_per_vp_stage",
+    "model.make_vocab_size_divisible_by",
 ) + tuple(
     f"model.{kind}_parallel_size"
     for kind in (
@@ -108,6 +110,7 @@ LAYOUT_SETTINGS = frozenset(
     f"model.{name}"
     for name in (
         "microbatch_group_size_per_vp_stage",
+        "make_vocab_size_divisible_by",
         "overlap_p2p_comm",
         "batch_p2p_comm",
         "cp_comm_type",
@@ -313,17 +316,13 @@ def check_layout(recipe: Recipe, hf_config: Any, world_size: int) -> None:
         world_size: Number of ranks.
 
     Raises:
-        ConfigError: If ranks, heads, layers or vocabulary do not divide.
+        ConfigError: If ranks, heads or layers do not divide.
     """
     sizes = {kind: recipe.parallel_size(kind) for kind in ("tensor_model", "pipeline_model", "context")}
     _check_world(world_size, sizes)
     heads = getattr(hf_config, "num_attention_heads", None)
     groups = getattr(hf_config, "num_key_value_heads", None) or heads
-    parts = [
-        ("attention heads", heads, "tensor_model"),
-        ("key-value heads", groups, "tensor_model"),
-        ("tokens in the vocabulary", getattr(hf_config, "vocab_size", None), "tensor_model"),
-    ]
+    parts = [("attention heads", heads, "tensor_model"), ("key-value heads", groups, "tensor_model")]
     num_experts = num_routed_experts(hf_config)
     if num_experts:
         _check_world(

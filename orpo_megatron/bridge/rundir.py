@@ -22,8 +22,19 @@ _PACKAGES = ("orpo-megatron", "torch", "megatron-core", "megatron-bridge", "tran
 _FREE_SECTIONS = {"run", "logger", "checkpoint", "dist", "ddp", "profiling", "straggler", "nvrx_straggler", "ft"} | {
     "validation", "comm_overlap", "env_vars", "tensor_inspect", "inprocess_restart", RECORD,
 }  # fmt: skip
+_FREE_ORPO = {"head", "head_cache_gib"}
 #: The training data is compared by content, not by name.
-_FREE_DATA = {"train", "eval", "eval_split", "num_workers", "max_bad_rows", "rows_per_step", "max_tokens_per_row"}
+_FREE_DATA = {
+    "train",
+    "eval",
+    "eval_split",
+    "num_workers",
+    "max_bad_rows",
+    "rows_per_step",
+    "max_tokens_per_row",
+    "share_prefix",
+    "pad_to_multiple_of",
+}
 # The first two are compared as the number of steps, the others only interrupt a run.
 _FREE_TRAIN = {"train_iters", "num_epochs", "exit_interval", "exit_duration_in_mins"}
 
@@ -51,6 +62,7 @@ def partial_export(run_dir: Path) -> Path:
 def trajectory(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Returns what decides which model a run ends in: the data and the settings, but for the shape of the cluster."""
     values = {name: section for name, section in recipe.as_dict().items() if name not in _FREE_SECTIONS and section}
+    values["orpo"] = {k: v for k, v in values["orpo"].items() if k not in _FREE_ORPO}
     values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
     values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in _FREE_TRAIN}
     values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}

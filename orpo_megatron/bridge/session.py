@@ -60,7 +60,14 @@ class Session:
     everything else, memory above all, is given back at the end.
     """
 
-    def __init__(self, recipe: Recipe, hf_config: PretrainedConfig, rows_per_step: int, num_steps: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        hf_config: PretrainedConfig,
+        rows_per_step: int,
+        num_steps: int = 1,
+        share_prefix: bool = False,
+    ) -> None:
         """Prepares a session; nothing is built before it is entered.
 
         Args:
@@ -68,9 +75,10 @@ class Session:
             hf_config: The model's Hugging Face configuration.
             rows_per_step: Rows of a global batch, a multiple of the data-parallel size.
             num_steps: Steps of the run, which the schedule is checked against.
+            share_prefix: Whether rows hold the prompt of a pair once.
         """
         self.recipe, self.hf_config = recipe, hf_config
-        self.rows_per_step, self.num_steps = rows_per_step, num_steps
+        self.rows_per_step, self.num_steps, self.share_prefix = rows_per_step, num_steps, share_prefix
 
     def __enter__(self) -> Session:
         """Builds the model and loads its weights.
@@ -109,7 +117,7 @@ class Session:
         recipe = self.recipe
         from_checkpoint = bool(recipe.sections.get("peft")) or recipe.setting("checkpoint.pretrained_checkpoint")
         bridge = make_bridge(recipe, self.hf_config)
-        provider = make_provider(recipe, bridge, load_weights=not from_checkpoint)
+        provider = make_provider(recipe, bridge, load_weights=not from_checkpoint, share_prefix=self.share_prefix)
         dataset = PreferenceData(
             seq_length=recipe.data.row_budget, rows_per_step=self.rows_per_step, content_hash="", pin_memory=False
         )
@@ -328,7 +336,8 @@ def compare(
     adapters = bool(recipe.sections.get("peft"))
     replicas = reference.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
     with _scratch(folder):
-        with Session(reference, hf_config, len(reference_rows) * replicas, num_steps) as session:
+        shared = any(row.shares_prefix for row in reference_rows)
+        with Session(reference, hf_config, len(reference_rows) * replicas, num_steps, shared) as session:
             names = session.trainable()
             if adapters:
                 session.draw_zero_weights()
@@ -336,7 +345,8 @@ def compare(
                 session.load_weights(folder / "weights", names)  # what replicas drew differs
             expected = session.run(reference_rows, recipe.orpo, replicate=True)
             session.save_gradients(folder / "gradients")
-        with Session(recipe, hf_config, len(rows), num_steps) as session:
+        shared = any(row.shares_prefix for row in rows)
+        with Session(recipe, hf_config, len(rows), num_steps, shared) as session:
             unmatched = names ^ session.trainable()
             if adapters:
                 session.load_weights(folder / "weights", names)

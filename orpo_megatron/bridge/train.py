@@ -51,10 +51,10 @@ def build(
     """
     bridge = make_bridge(recipe, hf_config)
     frozen_base = bool(recipe.sections.get("peft"))  # Bridge loads it where it puts in the adapters
-    provider = make_provider(recipe, bridge, load_weights=load_weights and not frozen_base, here=here)
-    steps, eval_plan = prepared.plan.num_steps, prepared.eval_plan
+    plan, load_weights = prepared.plan, load_weights and not frozen_base
+    provider = make_provider(recipe, bridge, load_weights=load_weights, here=here, share_prefix=plan.share_prefix)
     dataset = make_dataset(recipe, prepared, fill_empty_rows=has_auxiliary_loss(provider))
-    return bridge, make_container(recipe, provider, dataset, num_steps=steps, eval_plan=eval_plan)
+    return bridge, make_container(recipe, provider, dataset, num_steps=plan.num_steps, eval_plan=prepared.eval_plan)
 
 
 def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, here: bool) -> str:

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.logps import fused_logps
+from orpo_megatron.logps import CACHE_BYTES, HeadMode, fused_logps
 
 
 def score_tokens(
@@ -20,6 +20,8 @@ def score_tokens(
     scale_logits: Callable[[torch.Tensor], torch.Tensor],
     config: TransformerConfig,
     context: PackedRow,
+    mode: HeadMode = "auto",
+    cache_bytes: int = CACHE_BYTES,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Scores a row's tokens: the ``output_processor`` of ``GPTModel.forward`` (Megatron-Core >= 0.18).
@@ -31,8 +33,11 @@ def score_tokens(
         output_layer: The model's output layer.
         output_weight: The tied embedding [v/tp, h], or None where the output layer has its own.
         scale_logits: The model's scaling of logits.
-        config: The model's configuration.
+        config: The model's configuration. Where it has a ``vocab_size``, as Bridge's does, ids from there on are
+            padding, and stay out of the softmax.
         context: The row that the hidden states belong to.
+        mode: As in `fused_logps`.
+        cache_bytes: As in `fused_logps`.
         **kwargs: What else Megatron-Core offers; not used.
 
     Returns:
@@ -49,5 +54,8 @@ def score_tokens(
         bias=output_layer.bias,
         logit_scale=float(scale_logits(torch.ones(()))),  # on the host, which nothing has to wait for
         tp_group=output_layer.tp_group,
+        vocab_size=getattr(config, "vocab_size", None),
         sequence_parallel=config.sequence_parallel,
+        mode=mode,
+        cache_bytes=cache_bytes,
     )

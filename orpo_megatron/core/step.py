@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.config import OrpoConfig
 from orpo_megatron.core.head import score_tokens
 from orpo_megatron.core.moe import router_padding_mask
+from orpo_megatron.core.positions import check_takes_shared_prefix, follow_positions
+from orpo_megatron.core.row import row_params
 from orpo_megatron.loss import orpo_loss
 from orpo_megatron.metrics import step_metrics
 from orpo_megatron.segments import context_shard, pair_logps
@@ -29,7 +31,7 @@ def make_forward_step(
     """Makes the forward step of an ORPO run.
 
     Args:
-        objective: Weight and scope of the loss.
+        objective: Weight and scope of the loss, and how the head works.
         num_microbatches: Tells how many microbatches the running step has on this rank.
         observe: Is handed each training microbatch on the last pipeline stage: the whole row, and its share of the
             global batch's loss, detached.
@@ -38,18 +40,26 @@ def make_forward_step(
         ``forward_step(data_iterator, model) -> (output, loss_function)`` for Megatron-Core's schedules. It takes
         one ``PackedRow`` a microbatch and wants ``config.calculate_per_token_loss`` to be False.
     """
+    score = partial(score_tokens, mode=objective.head, cache_bytes=int(objective.head_cache_gib * 2**30))
+
+    checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def forward_step(data_iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         whole_row = next(data_iterator)
         cp_group = parallel_state.get_context_parallel_group()
-        row = context_shard(whole_row, cp_group.size(), cp_group.rank()).to(torch.cuda.current_device())
+        device, cp = torch.cuda.current_device(), (cp_group.size(), cp_group.rank())
+        row = context_shard(whole_row, *cp).to(device)
+        follow_positions(model)
+        if whole_row.shares_prefix and model not in checked:
+            check_takes_shared_prefix(model)
+            checked.add(model)
         output = model(
             input_ids=row.tokens.unsqueeze(0),
             position_ids=row.position_ids.unsqueeze(0),
             attention_mask=None,
             padding_mask=router_padding_mask(row.padding_mask, model, get_model_config(model)),
-            packed_seq_params=packed_seq_params(row, whole_row.max_seqlen),  # a length read from a GPU would stall it
-            output_processor=score_tokens,
+            packed_seq_params=row_params(whole_row, device, *cp),
+            output_processor=score,
             output_processor_context=row,
         )
         seen = partial(observe, whole_row) if observe is not None and model.training else None
@@ -58,17 +68,6 @@ def make_forward_step(
         )
 
     return forward_step
-
-
-def packed_seq_params(row: PackedRow, max_seqlen: int) -> PackedSeqParams:
-    """Returns what Megatron-Core needs to keep attention inside the row's sequences."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=row.cu_seqlens,
-        cu_seqlens_kv=row.cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )
 
 
 def row_loss(

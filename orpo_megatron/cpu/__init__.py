@@ -294,6 +294,7 @@ def _redirect_megatron() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
 
     # The wheel ships the compiled index helper; do not run make in site-packages.
     megatron.core.datasets.utils.compile_helpers = lambda: None
@@ -307,6 +308,7 @@ def _redirect_megatron() -> None:
     # The splits of an all-to-all have to be NumPy's; Megatron makes them so only on the way from a GPU.
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     _mend_adam_checkpoints(DistributedOptimizer)
+    _fuse_adam(MegatronOptimizer)
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -360,3 +362,19 @@ def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     return total.float().reshape(1), None
+
+
+def _fuse_adam(cls: Any) -> None:
+    """Has PyTorch's Adam take a step in one pass over the weights: a sixth of the time of a dozen passes."""
+    import torch
+
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def init_and_fuse(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, optimizer, *args, **kwargs)
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            for group in optimizer.param_groups:
+                group["fused"] = True
+
+    cls.__init__ = init_and_fuse

@@ -81,6 +81,7 @@ class PackedRows(Dataset[PackedRow]):
             pad_token_id=self.pad_token_id,
             num_nll_tokens=self.plan.num_nll_tokens(step),
             num_pairs=self.plan.num_pairs(step),
+            share_prefix=self.plan.share_prefix,
             filler=self.store[int(self.plan.pairs(step)[0])] if self.fill_empty_rows else None,
         )
 
@@ -94,9 +95,12 @@ def pack_row(
     pad_token_id: int,
     num_nll_tokens: int,
     num_pairs: int,
+    share_prefix: bool = False,
     filler: PairTokens | None = None,
 ) -> PackedRow:
     """Lays pairs end to end in one row: chosen, rejected, chosen, rejected and so on.
+
+    Each side has its own copy of the prompt, or the two share one: prompt, chosen response, rejected response.
 
     Responses are scored on both sides; ``prompt_and_response`` also scores the prompt of the chosen side, but for
     its first token, which nothing predicts. A position predicts the token after it. No row is empty: without
@@ -106,10 +110,12 @@ def pack_row(
         pairs: Token ids of the row's pairs.
         pair_ids: Their indices in the data set, int64 [pairs].
         nll_scope: Which tokens of the chosen sequence the NLL covers.
-        sequence_multiple_of: What every sequence's length is padded to a multiple of, at its end.
+        sequence_multiple_of: What the length of every sequence, or of a pair that shares its prompt, is padded to a
+            multiple of, at its end.
         pad_token_id: Token id that fills padding.
         num_nll_tokens: NLL tokens in the whole global batch.
         num_pairs: Pairs in the whole global batch.
+        share_prefix: Whether the two sides of a pair share one prompt.
         filler: A pair whose chosen side is the dummy sequence of a row without pairs; all padding where it is None.
 
     Returns:
@@ -117,10 +123,12 @@ def pack_row(
     """
     builder = _RowBuilder(sequence_multiple_of, pad_token_id)
     for pair in pairs:
-        prompt_length = len(pair.prompt)
-        first = 1 if nll_scope == "prompt_and_response" else prompt_length
-        builder.add(np.concatenate((pair.prompt, pair.chosen)), first, prompt_length)
-        builder.add(np.concatenate((pair.prompt, pair.rejected)), prompt_length, prompt_length)
+        first = 1 if nll_scope == "prompt_and_response" else len(pair.prompt)
+        if share_prefix:
+            builder.add_shared(pair, first)
+        else:
+            builder.add(np.concatenate((pair.prompt, pair.chosen)), first, len(pair.prompt))
+            builder.add(np.concatenate((pair.prompt, pair.rejected)), len(pair.prompt), len(pair.prompt))
     if not pairs:
         dummy = np.empty(0, dtype=np.int64) if filler is None else np.concatenate((filler.prompt, filler.chosen))
         builder.add(dummy, first_scored=len(dummy), prompt_length=len(dummy))
@@ -128,12 +136,14 @@ def pack_row(
 
 
 class _RowBuilder:
-    """Collects the sequences of one row."""
+    """Collects the segments and the sequences of one row."""
 
     def __init__(self, sequence_multiple_of: int, pad_token_id: int) -> None:
         self._multiple = sequence_multiple_of
         self._pad_token_id = pad_token_id
         self._starts = [0]
+        self._prompt_ends: list[int] = []
+        self._chosen_ends: list[int] = []
         self._tokens: list[np.ndarray] = []
         self._position_ids: list[np.ndarray] = []
         self._padding: list[np.ndarray] = []
@@ -143,19 +153,43 @@ class _RowBuilder:
 
     def add(self, tokens: np.ndarray, first_scored: int, prompt_length: int) -> None:
         """Appends a sequence whose tokens from ``first_scored`` on are scored."""
+        scored = np.arange(first_scored, len(tokens))
+        self._score(scored - 1, tokens[scored], scored >= prompt_length)
+        length = self._append(tokens)
+        self._prompt_ends.append(length)
+        self._chosen_ends.append(length)
+
+    def add_shared(self, pair: PairTokens, first_scored: int) -> None:
+        """Appends both sequences of a pair with one prompt; the chosen one is scored from ``first_scored`` on."""
+        prompt_end, chosen_end = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
+        tokens = np.concatenate((pair.prompt, pair.chosen, pair.rejected))
+        scored = np.arange(first_scored, chosen_end)
+        self._score(scored - 1, tokens[scored], scored >= prompt_end)
+        rejected = np.arange(chosen_end, len(tokens))
+        before = np.concatenate(([prompt_end - 1], rejected[:-1]))  # the prompt's end predicts both first tokens
+        self._score(before, pair.rejected, np.ones(len(rejected), dtype=bool))
+        self._append(tokens, rejected_start=chosen_end, skipped=len(pair.chosen))
+        self._prompt_ends.append(prompt_end)
+        self._chosen_ends.append(chosen_end)
+
+    def _score(self, positions: np.ndarray, labels: np.ndarray, is_response: np.ndarray) -> None:
+        """Notes what is scored of a sequence of the segment that comes next."""
+        self._score_positions.append(self._starts[-1] + positions)
+        self._score_labels.append(labels.astype(np.int64))
+        self._score_is_response.append(is_response)
+
+    def _append(self, tokens: np.ndarray, rejected_start: int | None = None, skipped: int = 0) -> int:
+        """Appends a segment, positions from ``rejected_start`` on less ``skipped``; returns its padded length."""
         # Two tokens at least, so that a dummy sequence has a shape that attention kernels take.
         length = round_up(max(len(tokens), 2), self._multiple)
         padded = np.full(length, self._pad_token_id, dtype=np.int64)
         padded[: len(tokens)] = tokens
-        position_ids = np.arange(length)
-        scored = np.arange(first_scored, len(tokens))
+        places = np.arange(length)
         self._tokens.append(padded)
-        self._position_ids.append(position_ids)
-        self._padding.append(position_ids >= len(tokens))
-        self._score_positions.append(self._starts[-1] + scored - 1)
-        self._score_labels.append(padded[scored])
-        self._score_is_response.append(scored >= prompt_length)
+        self._padding.append(places >= len(tokens))
+        self._position_ids.append(places if rejected_start is None else places - skipped * (places >= rejected_start))
         self._starts.append(self._starts[-1] + length)
+        return length
 
     def row(self, pair_ids: np.ndarray, num_nll_tokens: int, num_pairs: int) -> PackedRow:
         """Returns the finished row."""
@@ -166,6 +200,8 @@ class _RowBuilder:
             position_ids=_join(self._position_ids),
             padding_mask=_join(self._padding),
             cu_seqlens=torch.tensor(self._starts, dtype=torch.int32),
+            prompt_ends=torch.tensor(self._prompt_ends, dtype=torch.int64),
+            chosen_ends=torch.tensor(self._chosen_ends, dtype=torch.int64),
             score_positions=_join(self._score_positions),
             score_labels=_join(self._score_labels),
             score_is_response=_join(self._score_is_response),

@@ -1,26 +1,31 @@
-"""Files, folders and hub names -> raw records, each with its line, and a fingerprint of their content."""
+"""Files, folders and hub names -> blocks of raw records, each with its line, and a fingerprint of their content."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_megatron.config import ConfigError
-from orpo_megatron.data.cache import file_hash
+from orpo_megatron.data.cache import remembered_hash
 from orpo_megatron.data.sources import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import RecordBatch
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
 UTF8_MARK = b"\xef\xbb\xbf"
+BYTES_IN_BLOCK = 1 << 18
+ROWS_IN_BLOCK = 256
 
 
 class UnusableError(Exception):
@@ -38,17 +43,68 @@ Record = tuple[int, Any]
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Lines of a JSONL file, not parsed yet; ``first`` is the number of the first one."""
+
+    first: int
+    data: bytes
+
+    def records(self) -> Iterator[Record]:
+        """Yields the rows; empty lines are no rows, and lines that are no JSON come as :class:`UnusableError`."""
+        for number, line in enumerate(io.BytesIO(self.data), start=self.first):
+            line = line.removeprefix(UTF8_MARK) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield number, UnusableError("not UTF-8", f"(byte {error.start + 1} of the line)")
+            except json.JSONDecodeError as error:
+                yield number, UnusableError("broken JSON", f"({error.msg} at character {error.pos + 1})")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+                yield number, UnusableError("broken JSON", f"({first_line(error)})")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a Parquet file in Arrow's form; ``first`` is the number of the first one."""
+
+    first: int
+    batch: RecordBatch
+
+    def records(self) -> Iterator[Record]:
+        """Yields the rows."""
+        yield from enumerate(self.batch.to_pylist(), start=self.first)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Rows as Python objects; ``first`` is the number of the first one."""
+
+    first: int
+    values: list[Any]
+
+    def records(self) -> Iterator[Record]:
+        """Yields the rows."""
+        yield from enumerate(self.values, start=self.first)
+
+
+Block = Lines | Table | Objects
+"""Some rows of a file, in the form that is cheapest to hand to another process, which parses them."""
+
+
+@dataclass(frozen=True)
 class JsonFile:
     """A JSON file: an array of rows, or one row a line (JSONL), by its first character; also compressed (.gz)."""
 
     name: str
 
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of the bytes."""
-        return file_hash(self.name)
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Returns the SHA-256 of the bytes; see :func:`orpo_megatron.data.cache.remembered_hash`."""
+        return remembered_hash(self.name, cache_dir)
 
-    def records(self) -> Iterator[Record]:
-        """Yields the rows; lines that are no JSON come as :class:`UnusableError`.
+    def blocks(self) -> Iterator[Block]:
+        """Yields the rows in blocks, in order.
 
         Raises:
             ConfigError: If the file cannot be read, or is an array and broken.
@@ -57,28 +113,29 @@ class JsonFile:
             with gzip.open(self.name, "rb") if self.name.endswith(".gz") else open(self.name, "rb") as file:
                 if ".json" in Path(self.name).suffixes and file.read(4096).lstrip(UTF8_MARK + b" \t\r\n")[:1] == b"[":
                     file.seek(0)
-                    yield from enumerate(json.loads(file.read()), start=1)
+                    yield from _objects(json.loads(file.read()))
                 else:
                     file.seek(0)
-                    yield from _json_lines(file)
-        except (OSError, EOFError, ValueError) as error:
+                    yield from _lines(file)
+        except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
             raise ConfigError(
                 f"Data file {self.name!r} cannot be read: {first_line(error)} Repair or remove it."
             ) from error
 
 
-def _json_lines(file: Iterable[bytes]) -> Iterator[Record]:
-    """Yields the rows of a file that holds one a line; empty lines are no rows."""
-    for number, line in enumerate(file, start=1):
-        line = line.removeprefix(UTF8_MARK) if number == 1 else line
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield number, UnusableError("not UTF-8", f"(byte {error.start + 1} of the line)")
-        except json.JSONDecodeError as error:
-            yield number, UnusableError("broken JSON", f"({error.msg} at character {error.pos + 1})")
+def _lines(file: io.BufferedIOBase) -> Iterator[Lines]:
+    """Cuts a file that holds one row a line into blocks of whole lines."""
+    first = 1
+    while data := file.read(BYTES_IN_BLOCK):
+        data += file.readline()
+        yield Lines(first, data)
+        first += data.count(b"\n")
+
+
+def _objects(values: Sequence[Any]) -> Iterator[Objects]:
+    """Cuts rows that are Python objects already into blocks."""
+    for start in range(0, len(values), ROWS_IN_BLOCK):
+        yield Objects(start + 1, list(values[start : start + ROWS_IN_BLOCK]))
 
 
 @dataclass(frozen=True)
@@ -87,12 +144,12 @@ class ParquetFile:
 
     name: str
 
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of the bytes."""
-        return file_hash(self.name)
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Returns the SHA-256 of the bytes; see :func:`orpo_megatron.data.cache.remembered_hash`."""
+        return remembered_hash(self.name, cache_dir)
 
-    def records(self) -> Iterator[Record]:
-        """Yields the rows.
+    def blocks(self) -> Iterator[Block]:
+        """Yields the rows in blocks, in order.
 
         Raises:
             ConfigError: If the file is no Parquet file.
@@ -100,10 +157,12 @@ class ParquetFile:
         import pyarrow
         from pyarrow import parquet
 
+        first = 1
         try:
             with parquet.ParquetFile(self.name) as file:
-                batches = file.iter_batches(batch_size=1024)
-                yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+                for batch in file.iter_batches(batch_size=ROWS_IN_BLOCK):
+                    yield Table(first, batch)
+                    first += len(batch)
         except (OSError, pyarrow.ArrowException) as error:
             raise ConfigError(f"Data file {self.name!r} cannot be read as Parquet: {first_line(error)}") from error
 
@@ -115,13 +174,16 @@ class LoadedDataset:
     name: str
     dataset: Dataset
 
-    def fingerprint(self) -> str:
-        """Returns the library's own fingerprint."""
+    def fingerprint(self, cache_dir: Path) -> str:
+        """Returns the library's own fingerprint, which needs nothing of ``cache_dir``."""
         return str(self.dataset._fingerprint)
 
-    def records(self) -> Iterator[Record]:
-        """Yields the rows."""
-        yield from enumerate(self.dataset, start=1)
+    def blocks(self) -> Iterator[Block]:
+        """Yields the rows in blocks, in order."""
+        for start in range(0, len(self.dataset), ROWS_IN_BLOCK):
+            columns = self.dataset[start : start + ROWS_IN_BLOCK]
+            rows = zip(*columns.values(), strict=True)
+            yield Objects(start + 1, [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 DataFile = JsonFile | ParquetFile | LoadedDataset

@@ -6,7 +6,7 @@ trajectory when the cluster, the token budget or the row count changes.
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, TypeVar
@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from orpo_megatron.config import ConfigError
+from orpo_megatron.data.packing import balance, longest_rows
 
 NllScope = Literal["prompt_and_response", "response"]
 Integers = TypeVar("Integers", int, np.ndarray)
@@ -49,9 +50,14 @@ class PairLengths:
         """Returns the number of pairs."""
         return len(self.prompt)
 
-    def padded_tokens(self, multiple: int) -> np.ndarray:
-        """Returns what each pair takes of a row, int64 [pairs]: two sequences, each padded to ``multiple``."""
+    def padded_tokens(self, multiple: int, share_prefix: bool = False) -> np.ndarray:
+        """Returns what each pair takes of a row, int64 [pairs].
+
+        That is two sequences, each padded to ``multiple``, or with ``share_prefix`` one that holds the prompt once.
+        """
         chosen_side: np.ndarray = self.prompt + self.chosen.astype(np.int64)
+        if share_prefix:
+            return round_up(chosen_side + self.rejected, multiple)
         rejected_side: np.ndarray = self.prompt + self.rejected.astype(np.int64)
         return round_up(chosen_side, multiple) + round_up(rejected_side, multiple)
 
@@ -97,6 +103,16 @@ class PairOrder:
         start = step_of_epoch * self.pairs_per_step
         return self.epoch(epoch)[start : start + self.pairs_per_step]
 
+    def epochs(self, num_steps: int) -> Iterator[np.ndarray]:
+        """Yields the pairs of the first ``num_steps`` steps, an epoch at a time.
+
+        Each array is int64 [steps, pairs_per_step]; -1 stands where a step has fewer pairs.
+        """
+        for epoch, first_step in enumerate(range(0, num_steps, self.steps_per_epoch)):
+            missing = self.steps_per_epoch * self.pairs_per_step - self.num_pairs
+            pairs = np.append(self.epoch(epoch), np.full(missing, -1))
+            yield pairs.reshape(-1, self.pairs_per_step)[: num_steps - first_step]
+
 
 @lru_cache(maxsize=2)
 def _permutation(num_pairs: int, seed: int | None, epoch: int) -> np.ndarray:
@@ -122,7 +138,7 @@ class PlanSummary:
         rows_per_step: Packed rows in every step.
         num_tokens: Tokens of all steps, without padding, the prompt counted once for each side.
         tokens_per_step: Their mean over steps.
-        fill: Tokens without padding over rows times longest row, mean over steps: 1 is perfect balance.
+        fill: Positions without padding over rows times longest row, mean over steps: 1 is perfect balance.
         longest_row: Tokens of the longest row of all, with padding.
         max_tokens_per_row: The token budget.
     """
@@ -166,6 +182,7 @@ class StepPlan:
         max_tokens_per_row: Token budget of a row.
         sequence_multiple_of: What every sequence's length is padded to a multiple of.
         whole_set_denominators: Whether the denominators are those of the data set and not of the step.
+        share_prefix: Whether a row holds the prompt of a pair once.
     """
 
     lengths: PairLengths
@@ -176,11 +193,12 @@ class StepPlan:
     max_tokens_per_row: int
     sequence_multiple_of: int
     whole_set_denominators: bool = False
+    share_prefix: bool = False
 
     @cached_property
     def _costs(self) -> np.ndarray:
         """What each pair takes of a row, int64 [pairs]."""
-        return self.lengths.padded_tokens(self.sequence_multiple_of)
+        return self.lengths.padded_tokens(self.sequence_multiple_of, self.share_prefix)
 
     @cached_property
     def _tokens(self) -> np.ndarray:
@@ -207,10 +225,8 @@ class StepPlan:
         return self.order.pairs(step)
 
     def rows(self, step: int) -> list[np.ndarray]:
-        """Returns the pairs of every row of ``step``: ``rows_per_step`` arrays, int64, each possibly empty."""
-        pairs = self.pairs(step)
-        rows, _ = balance(self._costs[pairs].tolist(), self.rows_per_step)
-        return [pairs[np.array(row, dtype=np.int64)] for row in rows]
+        """Returns the pairs of every row of ``step``: ``rows_per_step`` arrays, int64, read-only, some maybe empty."""
+        return list(_pack(self, step))
 
     def num_tokens(self, step: int) -> int:
         """Returns the tokens of ``step`` without padding, the prompt counted once for each side."""
@@ -229,13 +245,14 @@ class StepPlan:
     def summary(self) -> PlanSummary:
         """Returns the plan's figures; packs every step to get them."""
         num_tokens, longest_row, fill = 0, 0, 0.0
-        for step in range(self.num_steps):
-            pairs = self.pairs(step)
-            longest = max(balance(self._costs[pairs].tolist(), self.rows_per_step)[1])
-            tokens_of_step = self.num_tokens(step)
-            fill += tokens_of_step / (self.rows_per_step * longest)
-            num_tokens += tokens_of_step
-            longest_row = max(longest_row, longest)
+        positions = self.lengths.padded_tokens(1, self.share_prefix)
+        of_pairs = [np.append(values, 0) for values in (self._costs, positions, self._tokens)]
+        for pairs in self.order.epochs(self.num_steps):
+            costs, positions, tokens = (values[pairs] for values in of_pairs)
+            longest = longest_rows(costs, self.rows_per_step)
+            fill += float((positions.sum(axis=1) / (self.rows_per_step * longest)).sum())
+            num_tokens += int(tokens.sum())
+            longest_row = max(longest_row, int(longest.max()))
         return PlanSummary(
             num_pairs=len(self.lengths),
             pairs_per_step=self.order.pairs_per_step,
@@ -250,6 +267,17 @@ class StepPlan:
         )
 
 
+@lru_cache(maxsize=4)
+def _pack(plan: StepPlan, step: int) -> list[np.ndarray]:
+    """Packs a step; a step is asked for once for each of its rows, and only its neighbours soon after."""
+    pairs = plan.pairs(step)
+    rows, _ = balance(plan._costs[pairs].tolist(), plan.rows_per_step)
+    packed = [pairs[np.array(row, dtype=np.int64)] for row in rows]
+    for row in packed:
+        row.flags.writeable = False
+    return packed
+
+
 def make_plan(
     lengths: PairLengths,
     *,
@@ -262,6 +290,7 @@ def make_plan(
     rows_multiple_of: int = 1,
     rows_per_step: int | None = None,
     sequence_multiple_of: int = 1,
+    share_prefix: bool = False,
 ) -> StepPlan:
     """Plans a training run.
 
@@ -277,6 +306,7 @@ def make_plan(
             pipeline demands of the number of microbatches.
         rows_per_step: Rows in every step, as a user or a checkpoint gives it; the fewest where it is None.
         sequence_multiple_of: What every sequence's length is padded to a multiple of.
+        share_prefix: Whether a row holds the prompt of a pair once.
 
     Returns:
         The plan.
@@ -286,9 +316,18 @@ def make_plan(
             ``rows_multiple_of``.
     """
     order = PairOrder(len(lengths), pairs_per_step, seed if shuffle else None)
-    costs = lengths.padded_tokens(sequence_multiple_of)
+    costs = lengths.padded_tokens(sequence_multiple_of, share_prefix)
     rows = _settle_rows(order, costs, num_steps, max_tokens_per_row, rows_multiple_of, rows_per_step)
-    return StepPlan(lengths, order, nll_scope, num_steps, rows, max_tokens_per_row, sequence_multiple_of)
+    return StepPlan(
+        lengths,
+        order,
+        nll_scope,
+        num_steps,
+        rows,
+        max_tokens_per_row,
+        sequence_multiple_of,
+        share_prefix=share_prefix,
+    )
 
 
 def make_eval_plan(
@@ -300,6 +339,7 @@ def make_eval_plan(
     rows_multiple_of: int = 1,
     rows_per_step: int | None = None,
     sequence_multiple_of: int = 1,
+    share_prefix: bool = False,
 ) -> StepPlan:
     """Plans one pass in file order, whose steps' loss shares add up to the exact loss over the whole set.
 
@@ -307,7 +347,7 @@ def make_eval_plan(
     """
     order = PairOrder(len(lengths), pairs_per_step, seed=None)
     num_steps = order.steps_per_epoch
-    costs = lengths.padded_tokens(sequence_multiple_of)
+    costs = lengths.padded_tokens(sequence_multiple_of, share_prefix)
     rows = _settle_rows(order, costs, num_steps, max_tokens_per_row, rows_multiple_of, rows_per_step)
     return StepPlan(
         lengths,
@@ -318,31 +358,8 @@ def make_eval_plan(
         max_tokens_per_row,
         sequence_multiple_of,
         whole_set_denominators=True,
+        share_prefix=share_prefix,
     )
-
-
-def balance(costs: list[int], num_rows: int) -> tuple[list[list[int]], list[int]]:
-    """Spreads items over rows: the longest item first, each into the row that is shortest so far.
-
-    Ties go to the earlier item and the lower row. With one row more, the k-th longest row is never longer (by
-    induction over the items), so an item list that fits some number of rows fits any larger one.
-
-    Source: R. L. Graham, "Bounds on multiprocessing timing anomalies" (1969), the LPT rule.
-
-    Args:
-        costs: What each item takes of a row.
-        num_rows: Number of rows.
-
-    Returns:
-        The items of every row, longest first, and what they sum up to.
-    """
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    heap = [(0, row) for row in range(num_rows)]
-    for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
-        load, row = heap[0]
-        rows[row].append(item)
-        heapq.heapreplace(heap, (load + costs[item], row))
-    return rows, [load for load, _ in sorted(heap, key=lambda entry: entry[1])]
 
 
 def _settle_rows(
@@ -384,16 +401,13 @@ def _fewest_rows(order: PairOrder, costs: np.ndarray, num_steps: int, budget: in
     rows = multiple
     # In file order every epoch is the first one again.
     distinct_steps = num_steps if order.seed is not None else min(num_steps, order.steps_per_epoch)
-    starts = np.arange(0, len(costs), order.pairs_per_step)
-    for first_step in range(0, distinct_steps, order.steps_per_epoch):
-        costs_in_order = costs[order.epoch(first_step // order.steps_per_epoch)]
-        steps_of_epoch = distinct_steps - first_step  # cuts the run's last epoch only
-        totals = np.add.reduceat(costs_in_order, starts)[:steps_of_epoch]
-        longest = np.maximum.reduceat(costs_in_order, starts)[:steps_of_epoch]
+    costs = np.append(costs, 0)
+    for pairs in order.epochs(distinct_steps):
+        costs_of_steps = costs[pairs]
+        totals, longest = costs_of_steps.sum(axis=1), costs_of_steps.max(axis=1)
         rows = max(rows, round_up(-(-int(totals.max()) // budget), multiple))
-        # Graham's bound passes most steps: no row is longer than totals / rows + longest * (1 - 1 / rows).
-        for step in np.flatnonzero(totals + (rows - 1) * longest > rows * budget):
-            costs_of_step = costs_in_order[starts[step] : starts[step] + order.pairs_per_step].tolist()
-            while max(balance(costs_of_step, rows)[1]) > budget:
-                rows += multiple
+        # Graham's bound passes many steps: no row is longer than totals / rows + longest * (1 - 1 / rows).
+        left = costs_of_steps[totals + (rows - 1) * longest > rows * budget]
+        while len(left := left[longest_rows(left, rows) > budget]):
+            rows += multiple
     return rows

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from orpo_megatron.data.files import DataFile, UnusableError, find_files
+from orpo_megatron.data.files import Block, DataFile, Record, UnusableError, find_files
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -96,16 +96,35 @@ def read_rows(source: str, split: str, layout: str = "auto") -> Iterator[Prefere
         ConfigError: If there is no such source or a file cannot be read at all.
     """
     for file in find_files(source, split):
-        yield from rows_of_file(file, layout)
+        usual, blocks = usual_layout(file)
+        for block in blocks:
+            yield from rows_of_block(block, file.name, layout, usual)
 
 
-def rows_of_file(file: DataFile, layout: str = "auto") -> Iterator[PreferenceRow | BadRow]:
-    """Yields every row of one file in order, usable or not; see :func:`read_rows`."""
-    records = file.records()
-    first = list(itertools.islice(records, ROWS_TO_RECOGNISE))
-    layouts = Counter(recognise(record) for _, record in first if isinstance(record, dict))
+def usual_layout(file: DataFile) -> tuple[str, Iterator[Block]]:
+    """Returns the layout that most of a file's first rows speak for, and all blocks of the file."""
+    blocks = file.blocks()
+    first, records = [], list[Record]()
+    for block in blocks:
+        first.append(block)
+        records += itertools.islice(block.records(), ROWS_TO_RECOGNISE - len(records))
+        if len(records) == ROWS_TO_RECOGNISE:
+            break
+    layouts = Counter(recognise(record) for _, record in records if isinstance(record, dict))
     usual = layouts.most_common(1)[0][0] if layouts else "implicit_prompt"
-    for line, record in itertools.chain(first, records):
+    return usual, itertools.chain(first, blocks)
+
+
+def rows_of_block(block: Block, file: str, layout: str, usual: str) -> Iterator[PreferenceRow | BadRow]:
+    """Yields every row of a block in order, usable or not.
+
+    Args:
+        block: The block.
+        file: The name of its file.
+        layout: As for :func:`read_rows`.
+        usual: What :func:`usual_layout` says of the file.
+    """
+    for line, record in block.records():
         try:
             if isinstance(record, UnusableError):
                 raise record
@@ -116,9 +135,9 @@ def rows_of_file(file: DataFile, layout: str = "auto") -> Iterator[PreferenceRow
             if layout == "auto" and found == "implicit_prompt" != usual and isinstance(prompt, str):
                 raise UnusableError("missing field", "'prompt'")  # two texts may well begin alike by chance
             _check_responses(chosen, rejected, tie=found in ("implicit_prompt", "hh"))
-            yield PreferenceRow(prompt, chosen, rejected, file.name, line, found)
+            yield PreferenceRow(prompt, chosen, rejected, file, line, found)
         except UnusableError as problem:
-            yield BadRow(file.name, line, problem.reason, problem.detail)
+            yield BadRow(file, line, problem.reason, problem.detail)
 
 
 def recognise(record: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import say
-from orpo_megatron.data.cache import build_once, file_hash
+from orpo_megatron.data.cache import build_once, remembered_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ def _package_file(name: str) -> Path:
 
 def _converted(path: Path, cache_dir: Path, tokenizer_only: bool) -> str:
     """Returns the Hugging Face folder made from a GGUF file, which is built where it is not there yet."""
-    digest = file_hash(path)
+    digest = remembered_hash(path, cache_dir)
     models = cache_dir.expanduser().absolute() / "models"
     whole = models / digest
     if tokenizer_only and not whole.exists():

@@ -10,7 +10,7 @@ from orpo_megatron.bridge.parity import parse_sharding
 from orpo_megatron.data.plan import round_up
 
 SCOPES = ("prompt_and_response", "response")
-PADDINGS = ("packed", "padded")
+PADDINGS = ("packed", "padded", "shared")  # the last packs pairs that share their prompt
 MICROBATCHES = (1, 2, 4)
 
 #: Tokens of the pairs. The last one is for evaluations, whose metrics come by length as well.
@@ -67,6 +67,7 @@ class Model:
 MODELS = {
     "dense": Model(LLAMA | TIED, 2 + 4 * 6),
     "untied": Model(LLAMA | UNTIED, 3 + 4 * 6),
+    "odd vocabulary": Model(LLAMA | TIED | {"vocab_size": 513}, 2 + 4 * 6),
     "adapters": Model(LLAMA | TIED, 4 * 4 * 2, {"peft.dim": 4}),
     "experts": Model(QWEN3_MOE | UNTIED, 3 + 4 * (7 + 2 * 4), {"model.moe_aux_loss_coeff": 0.0}),
     "balanced": Model(QWEN3_MOE | UNTIED, 3 + 4 * (7 + 2 * 4), {"model.moe_aux_loss_coeff": 0.01}, same_rows=True),
@@ -111,11 +112,11 @@ class Layout:
         return 1 if self.replicate else self.processes // (sizes["tp"] * sizes["pp"] * sizes["cp"])
 
     def multiple_of(self, padding: str) -> int:
-        """Returns what sequences are padded to a multiple of: what the split needs, or at least the longest."""
+        """Returns what segments are padded to a multiple of: what the split needs, or at least the longest."""
         sizes = parse_sharding(self.sizes)
         needed = (2 * sizes["cp"] if sizes["cp"] > 1 else 1) * (sizes["tp"] if sizes["sp"] else 1)
         longest = max(p + max(c, r) for p, c, r in list(zip(PROMPTS, CHOSEN, REJECTED, strict=True))[:PAIRS])
-        return needed if padding == "packed" else round_up(longest, needed)
+        return round_up(longest, needed) if padding == "padded" else needed
 
 
 SHARDED = {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
@@ -150,7 +151,12 @@ LAYOUTS = {
 
 def brief(processes: int, sizes: str, model: str = "dense", **more: Any) -> Layout:
     """Returns a layout with one batch, for what has nothing to do with padding or scope."""
-    batch: dict[str, Any] = {"microbatches": (2,), "paddings": ("packed",), "scopes": SCOPES[:1], "ragged": False}
+    batch: dict[str, Any] = {
+        "microbatches": (2,),
+        "paddings": ("packed", "shared"),
+        "scopes": SCOPES[:1],
+        "ragged": False,
+    }
     return Layout(processes, sizes, model, **batch | more)
 
 
@@ -204,6 +210,7 @@ LAYOUTS |= on_splits(
     },
 )
 LAYOUTS |= {
+    "tp2 sp padded vocabulary": brief(2, "tp=2,sp=true", "odd vocabulary"),
     "dp4": brief(4, "", settings=SHARDED, ragged=True),
     "ep2 dp4": brief(4, "ep=2", "experts", ragged=True),
     "tp2 pp2 overlap": brief(4, "tp=2,pp=2", settings=OVERLAP),

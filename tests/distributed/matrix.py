@@ -64,7 +64,9 @@ def draw_pairs(count: int) -> list[Pair]:
     return [Pair(tokens(prompt), tokens(chosen), tokens(rejected)) for prompt, chosen, rejected in lengths][:count]
 
 
-def make_rows(num_pairs: int, scope: str, num_rows: int, multiple: int, fill: bool = False) -> list[Any]:
+def make_rows(
+    num_pairs: int, scope: str, num_rows: int, multiple: int, fill: bool = False, share: bool = False
+) -> list[Any]:
     """Packs pairs as a plan does; a row may be left without any, and holds padding, or a sequence not scored."""
     from orpo_megatron.data.dataset import pack_row
     from orpo_megatron.data.plan import PairLengths, balance
@@ -82,6 +84,7 @@ def make_rows(num_pairs: int, scope: str, num_rows: int, multiple: int, fill: bo
             pad_token_id=0,
             num_nll_tokens=int(lengths.nll_tokens(scope).sum()),
             num_pairs=len(pairs),
+            share_prefix=share,
             filler=pairs[0] if fill else None,
         )
         for row in rows
@@ -224,7 +227,8 @@ def case_rows(layout: Layout, case: Case) -> list[Any]:
     """Returns all rows of a batch."""
     num_rows = case.microbatches * layout.replicas
     fill = MODELS[layout.model].same_rows
-    return make_rows(case.pairs, case.scope, num_rows, layout.multiple_of(case.padding), fill)
+    multiple, share = layout.multiple_of(case.padding), case.padding == "shared"
+    return make_rows(case.pairs, case.scope, num_rows, multiple, fill, share)
 
 
 def run_case(session: Any, layout: Layout, case: Case, reference: dict[str, Any]) -> dict[str, Any]:

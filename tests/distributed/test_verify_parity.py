@@ -37,6 +37,15 @@ def test_a_right_sharding_passes(tiny: TinyRecipe, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["logs"]  # no checkpoints, no scratch files
 
 
+def test_shared_prompts_are_held_against_separate_sequences(tiny: TinyRecipe, tmp_path: Path) -> None:
+    outcome = verify(tiny, tmp_path / "run", "data.share_prefix=on", "data.rows_per_step=2")
+
+    assert outcome.code == 0, outcome.output
+    assert "recipe       tensor 2, prompts computed once a pair" in outcome.output
+    assert figures(outcome.output)["gradient,"][:4] == ["worst", "10", "of", "26"]
+    assert outcome.output.splitlines()[-2].startswith("PASS: ")
+
+
 def test_adapters_are_compared_from_the_same_weights(tiny: TinyRecipe, tmp_path: Path) -> None:
     """LoRA's weights are drawn at random, differently for each sharding, and half of them are zero at the start."""
     outcome = verify(tiny, tmp_path / "run", "peft.dim=4", "--against", "tp=1,pp=2")

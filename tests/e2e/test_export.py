@@ -115,6 +115,23 @@ def test_folder_is_whole(reference_run: Path) -> None:
     assert not (reference_run / "hf.partial").exists()
 
 
+def test_padding_of_the_vocabulary_is_not_exported(tiny: TinyRecipe, held_out: PairStore, tmp_path: Path) -> None:
+    """49,153 ids on two tensor ranks: Megatron holds one more, which transformers does not see."""
+    run_dir, odd = tmp_path / "odd", 49153
+    split = ("model.tensor_model_parallel_size=2", f"model.config.vocab_size={odd}")
+    tiny.train(run_dir, *split, "train.train_iters=1", "validation.eval_interval=1", processes=2)
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32).eval()
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == odd
+    pairs = [score(model, held_out[index]) for index in range(EVAL_PAIRS)]
+    inside = read_metrics(run_dir)[-1]
+    expected = {
+        "eval_logps/chosen": sum(pair.chosen for pair in pairs) / EVAL_PAIRS,
+        "eval_log_odds_chosen": sum(pair.log_odds_ratio for pair in pairs) / EVAL_PAIRS,
+    }
+    assert {name: inside[name] for name in expected} == pytest.approx(expected, rel=0, abs=BOUND)
+
+
 def test_adapters_are_merged_into_the_export(tiny: TinyRecipe, tmp_path: Path) -> None:
     """LoRA: only adapters are trained, and the exported folder holds the base model with them in it."""
     run_dir = tmp_path / "lora"

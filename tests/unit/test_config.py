@@ -18,6 +18,7 @@ def message_of(call: Any, *args: Any) -> str:
 def test_defaults_are_those_of_the_documentation() -> None:
     orpo, data = build_section(OrpoConfig, {}, "orpo"), build_section(DataConfig, {"train": "a.jsonl"}, "data")
     assert (orpo.beta, orpo.nll_scope, orpo.nll_reduction) == (0.1, "prompt_and_response", "tokens")
+    assert (orpo.head, orpo.head_cache_gib) == ("auto", 1.0)
     assert (data.max_length, data.max_prompt_length, data.pairs_per_step, data.overlong) == (2048, 1792, 32, "drop")
     assert (data.layout, data.shuffle, data.max_bad_rows) == ("auto", True, 0.05)
     assert data.pad_to_multiple_of == 1  # packed rows have no padding unless something asks for it
@@ -47,9 +48,9 @@ def test_max_bad_rows_keeps_counts_and_fractions_apart() -> None:
             OrpoConfig,
             "orpo",
             {"xyzzy": 1},
-            "orpo.xyzzy is not a setting. Known: beta, nll_reduction, nll_scope.",
+            "orpo.xyzzy is not a setting. Known: beta, head, head_cache_gib, nll_reduction, nll_scope.",
         ),
-        (OrpoConfig, "orpo", {1: 1}, "orpo.1 is not a setting. Known: beta, nll_reduction, nll_scope."),
+        (OrpoConfig, "orpo", {1: 1}, "orpo.1 is not a setting. Known: beta, head, head_cache_gib, nll_"),
         (OrpoConfig, "orpo", [1], "orpo must be a mapping of settings, not [1]."),
         (OrpoConfig, "orpo", {"beta": "big"}, "orpo.beta ('big') must be of type float."),
         (OrpoConfig, "orpo", {"beta": True}, "orpo.beta (True) must be of type float."),
@@ -63,6 +64,14 @@ def test_max_bad_rows_keeps_counts_and_fractions_apart() -> None:
             {"nll_scope": "respons"},
             "orpo.nll_scope ('respons') must be one of prompt_and_response, response.",
         ),
+        (OrpoConfig, "orpo", {"head": "fast"}, "orpo.head ('fast') must be one of auto, cache, recompute."),
+        (
+            OrpoConfig,
+            "orpo",
+            {"head_cache_gib": -1},
+            "orpo.head_cache_gib (-1.0) must be a finite number of at least 0.",
+        ),
+        (OrpoConfig, "orpo", {"head_cache_gib": float("nan")}, "orpo.head_cache_gib (nan) must be a finite number"),
         (RunConfig, "run", {}, "run.dir is missing: the recipe must give it."),
         (RunConfig, "run", {"dir": 3}, "run.dir (3) must be of type str."),
         (RunConfig, "run", {"dir": "a", "export": 1}, "run.export (1) must be of type bool."),

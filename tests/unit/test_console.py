@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from orpo_megatron import console
-from orpo_megatron.console import Progress, logged_to, rank, say, tell_torchrun
+from orpo_megatron.console import Progress, logged_to, rank, report_error, say
 
 FIGURES = {"loss": 1.23456, "logps/margins": -0.25, "rewards/accuracies": 0.5, "tokens": 6000, "seconds": 2.0}
 IN_WORDS = "loss 1.235  margin -0.250  accuracy 0.50  3,000 tok/s"
@@ -177,7 +177,7 @@ def test_torchrun_finds_the_message_where_it_looks(tmp_path: Path, monkeypatch: 
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     before = int(time.time())
-    tell_torchrun("orpo.bta is not a setting — \"β\".\nDid you mean 'beta'?")
+    report_error("orpo.bta is not a setting — \"β\".\nDid you mean 'beta'?")
     message = json.loads(path.read_text())["message"]
     assert message["message"] == "orpo.bta is not a setting — \"β\".\nDid you mean 'beta'?"
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
@@ -188,5 +188,18 @@ def test_torchrun_finds_the_message_where_it_looks(tmp_path: Path, monkeypatch: 
 def test_without_torchrun_no_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.chdir(tmp_path)
-    tell_torchrun("nothing")
+    report_error("nothing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_ranks_let_rank_0_speak_first(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    for number, expected in ((0, []), (1, [console.GRACE_SECONDS])):
+        monkeypatch.setenv("RANK", str(number))
+        report_error("orpo.bta is not a setting.")
+        assert waited == expected
+    assert capfd.readouterr().err == "error: orpo.bta is not a setting.\n"

@@ -201,6 +201,24 @@ def test_the_gradient_norm_is_that_of_fp64(megatron_on_cpu: None) -> None:
     assert float(l2_norm_impl(2048 * 32, None, [[]], False)[0]) == 0.0
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
+def test_adam_takes_its_steps_in_one_pass(megatron_on_cpu: None, cls: type[torch.optim.Adam]) -> None:
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    gradients = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    weights = [torch.nn.Parameter(torch.ones(50)) for _ in range(2)]
+    plain, fused = (cls([weight], lr=0.1, weight_decay=0.01) for weight in weights)
+    FP32Optimizer(fused, OptimizerConfig(optimizer="adam", lr=0.1), None)
+    assert (fused.param_groups[0]["fused"], plain.param_groups[0]["fused"]) == (True, None)
+    for gradient in gradients:
+        for weight, optimizer in zip(weights, (plain, fused), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-6)
+    assert float((weights[0] - 1).abs().mean()) > 0.1
+
+
 def test_the_splits_of_an_all_to_all_are_those_of_numpy(megatron_on_cpu: None) -> None:
     """As on the way from a GPU: an array if asked for, else the tensor; and what is no tensor passes."""
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from orpo_megatron import elementwise
 from orpo_megatron import logps as module
 from orpo_megatron.logps import fused_logps, vocab_parallel_logps
 
@@ -21,7 +23,7 @@ MODES = ("cache", "recompute")
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes 31 rows five chunks of four blocks: seams everywhere."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * VOCAB * 7)
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * VOCAB * 2)
+    monkeypatch.setattr(elementwise, "_BLOCK_BYTES", 4 * VOCAB * 2)
 
 
 class Example:
@@ -172,13 +174,68 @@ def test_bad_input() -> None:
         fused_logps(hidden, weight, labels)
 
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "head.md"
+
+
+def run_page() -> dict[str, Any]:
+    """Runs the code of the page on the head, one block after another; returns what it defines."""
+    defined: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, defined)
+    return defined
+
+
+def test_the_page_on_the_head() -> None:
+    """Against the model itself, DPO's loss is log 2; gradients of both examples as by a log-softmax of all logits."""
+    page = run_page()
+    assert page["loss"].item() == pytest.approx(0.6931472)
+    hidden, weight = (page[name].detach().double().requires_grad_() for name in ("hidden", "weight"))
+    labels, positions = page["tokens"][page["positions"] + 1], page["positions"]
+    logps = (hidden @ weight.t()).log_softmax(dim=1)[positions, labels]
+    sums = torch.stack([logps[:3].sum(), logps[3:].sum()])
+    dpo = page["dpo_loss"](sums, sums.detach())
+    grpo = page["grpo_loss"](logps, logps.detach(), page["advantages"])
+    gradients = torch.autograd.grad(dpo + grpo, [hidden, weight])
+    assert worst([page["hidden"].grad, page["weight"].grad], list(gradients)) < 1e-6
+
+
+def page_rank(rank: int, folder: str) -> None:
+    """Runs the page's step under tensor parallel on one of two ranks, 11 ids padded to 12."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    page = run_page()
+    hidden = page["hidden"].detach().requires_grad_()
+    shard = torch.cat([page["weight"].detach(), torch.zeros(1, 16)]).chunk(2)[rank].clone().requires_grad_()
+    given = {name: page[name] for name in ("tokens", "positions", "sequence")}
+    reference = torch.tensor([-5.0, -7.0])
+    loss = page["dpo_step"](hidden, shard, **given, reference=reference, vocab_size=11, tp_group=dist.group.WORLD)
+    torch.save((loss, hidden.grad, shard.grad), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_page_on_the_head_under_tensor_parallel(tmp_path: Path) -> None:
+    mp.spawn(page_rank, args=(str(tmp_path),), nprocs=2)
+    (loss, hidden, left), (other_loss, _, right) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    page = run_page()
+    leaves = [page[name].detach().double().requires_grad_() for name in ("hidden", "weight")]
+    labels, positions = page["tokens"][page["positions"] + 1], page["positions"]
+    logps = (leaves[0] @ leaves[1].t()).log_softmax(dim=1)[positions, labels]
+    sums = torch.stack([logps[:3].sum(), logps[3:].sum()])
+    exact = page["dpo_loss"](sums, torch.tensor([-5.0, -7.0]).double())
+    gradients = torch.autograd.grad(exact, leaves)
+    assert loss == other_loss and loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    weight = torch.cat([left, right])
+    assert worst([hidden, weight[:11]], list(gradients)) < 1e-6 and not weight[11:].any()
+
+
 CASES = [(mode, split, ids) for mode in MODES for split in (False, True) for ids in (None, NUM_IDS, 49, 40)]
 
 
 def rank_main(rank: int, folder: str) -> None:
     """Runs all cases on one of two ranks, counts collectives, and leaves values and gradients in ``folder``."""
     torch.set_num_threads(1)
-    module._CHUNK_BYTES, module._BLOCK_BYTES = 4 * VOCAB // 2 * 7, 4 * VOCAB // 2 * 2
+    module._CHUNK_BYTES, elementwise._BLOCK_BYTES = 4 * VOCAB // 2 * 7, 4 * VOCAB // 2 * 2
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     calls: list[str] = []
     for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor"):

@@ -1,5 +1,6 @@
 """Sums over packed sequences, whole and shared out over context-parallel ranks: by hand and against slices."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from orpo_megatron.batch import PackedRow
 from orpo_megatron.data.dataset import pack_row
 from orpo_megatron.data.tokens import TokenizedPair
 from orpo_megatron.loss import PairLogps
-from orpo_megatron.segments import context_shard, pair_logps, sum_per_sequence, zigzag_chunks, zigzag_positions
+from orpo_megatron.segments import (
+    attention_spans,
+    context_shard,
+    pair_logps,
+    sum_per_sequence,
+    zigzag_chunks,
+    zigzag_positions,
+)
 
 
 def packed_row(is_response: list[list[bool]], num_pairs: int) -> PackedRow:
@@ -28,6 +36,8 @@ def packed_row(is_response: list[list[bool]], num_pairs: int) -> PackedRow:
         position_ids=zeros,
         padding_mask=zeros.bool(),
         cu_seqlens=torch.zeros(len(is_response) + 1, dtype=torch.int32),
+        prompt_ends=torch.zeros(len(is_response), dtype=torch.int64),
+        chosen_ends=torch.zeros(len(is_response), dtype=torch.int64),
         score_positions=zeros,
         score_labels=zeros,
         score_is_response=torch.tensor(flat, dtype=torch.bool),
@@ -122,7 +132,9 @@ def test_row_without_pairs() -> None:
     assert weight.grad is not None and weight.grad.tolist() == [0, 0]
 
 
-def row_of(sizes: list[tuple[int, int, int]], multiple: int, response_only: bool = False) -> PackedRow:
+def row_of(
+    sizes: list[tuple[int, int, int]], multiple: int, response_only: bool = False, share: bool = False
+) -> PackedRow:
     """The row of pairs of so many prompt, chosen and rejected tokens, with token ids from 1 on."""
     pairs = [TokenizedPair(*np.split(np.arange(1, sum(parts) + 1), np.cumsum(parts)[:2])) for parts in sizes]
     return pack_row(
@@ -133,6 +145,7 @@ def row_of(sizes: list[tuple[int, int, int]], multiple: int, response_only: bool
         pad_token_id=0,
         num_nll_tokens=1,
         num_pairs=1,
+        share_prefix=share,
     )
 
 
@@ -199,7 +212,7 @@ def test_context_shard_by_hand() -> None:
     assert second.score_is_response.tolist() == [True] * 5
     assert (first.score_lengths.tolist(), second.score_lengths.tolist()) == ([2, 0], [4, 1])
     for shard in (first, second):  # what is said of the whole row stays
-        assert shard.cu_seqlens.tolist() == [0, 8, 12] and shard.max_seqlen == 8
+        assert shard.cu_seqlens.tolist() == [0, 8, 12]
         assert (shard.num_scored_tokens.tolist(), shard.num_response_tokens.tolist()) == ([6, 1], [4, 1])
         assert shard.pair_ids.tolist() == [0]
         assert shard.score_lengths.dtype == torch.int64 and shard.score_positions.dtype == torch.int64
@@ -209,6 +222,46 @@ def test_context_shard_by_hand() -> None:
 def test_context_shard_of_a_row_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="A packed sequence of 7 tokens cannot be split over context parallel size 2"):
         context_shard(row_of([(3, 4, 1)], multiple=1), 2, 0)
+
+
+def test_attention_spans_by_hand() -> None:
+    """A pair of 3 + 4 and 3 + 1 tokens: two sequences; or one segment of 8, whose last token sees the first three."""
+    assert attention_spans(row_of([(3, 4, 1)], 1)) == [(7, ((0, 7),)), (4, ((7, 11),))]
+    shared = row_of([(3, 4, 1), (1, 1, 2)], 8, share=True)
+    assert attention_spans(shared) == [
+        (7, ((0, 7),)),
+        (1, ((0, 3), (7, 8))),
+        (2, ((8, 10),)),
+        (6, ((8, 9), (10, 16))),
+    ]
+    # Chunks of 2: rank 0 holds 0 1 and 6 7, of which 6 is chosen and 7 rejected; of the second pair 8 9 and 14 15.
+    assert attention_spans(shared, 2, 0) == [
+        (2, ((0, 2),)),
+        (1, ((0, 7),)),
+        (1, ((0, 3), (7, 8))),
+        (2, ((8, 10),)),
+        (2, ((8, 9), (10, 16))),
+    ]
+    assert attention_spans(shared, 2, 1) == [
+        (2, ((0, 4),)),
+        (2, ((0, 6),)),
+        (2, ((8, 9), (10, 12))),
+        (2, ((8, 9), (10, 14))),
+    ]
+
+
+def allowed_by_spans(row: PackedRow, cp_size: int) -> torch.Tensor:
+    """Returns which position of the row attends to which, bool [t, t], as the spans of all ranks say."""
+    allowed = torch.zeros(len(row.tokens), len(row.tokens), dtype=torch.bool)
+    for rank in range(cp_size):
+        held = zigzag_positions(row.cu_seqlens.diff().tolist(), cp_size, rank).tolist()
+        for num_queries, parts in attention_spans(row, cp_size, rank):
+            queries, held = held[:num_queries], held[num_queries:]
+            keys = [key for part in parts for key in range(*part)]
+            for i, query in enumerate(queries):
+                allowed[query, keys[: len(keys) - num_queries + i + 1]] = True
+        assert not held
+    return allowed
 
 
 pair_sizes = st.lists(st.tuples(*[st.integers(1, 9)] * 3), max_size=5)
@@ -241,6 +294,23 @@ def test_every_scored_token_is_scored_by_one_rank(
     assert torch.equal(total, row.num_scored_tokens)
 
 
+@given(pair_sizes, st.sampled_from([1, 2, 4]), st.integers(1, 2), st.booleans())
+def test_each_token_attends_to_its_own_sequence_up_to_itself(
+    sizes: list[tuple[int, int, int]], cp_size: int, chunk: int, share: bool
+) -> None:
+    """As separate sequences say it, looked up by sequence and position; padding may attend to anything before."""
+    row = row_of(sizes, 2 * cp_size * chunk, share=share)
+    allowed = allowed_by_spans(row, cp_size)
+    starts = row.cu_seqlens.tolist()
+    for segment, (start, stop) in enumerate(itertools.pairwise(starts)):
+        assert not allowed[start:stop, :start].any() and not allowed[start:stop, stop:].any()
+        prompt, fork = int(row.prompt_ends[segment]), int(row.chosen_ends[segment])
+        for i in range(stop - start):
+            own = [*range(i + 1)] if i < fork else [*range(prompt), *range(fork, i + 1)]
+            if not row.padding_mask[start + i]:
+                assert allowed[start + i, start:stop].nonzero()[:, 0].tolist() == own
+
+
 FIGURES = ("chosen_logps", "rejected_logps", "nll_sums")
 
 
@@ -250,11 +320,11 @@ def weighted(logps: PairLogps, weights: torch.Tensor) -> torch.Tensor:
     return (figures * weights[: len(figures)]).sum()
 
 
-@given(pair_sizes, st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 2**31))
+@given(pair_sizes, st.sampled_from([1, 2, 4]), st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_sums_and_gradients_of_the_shards_add_up_to_those_of_the_row(
-    sizes: list[tuple[int, int, int]], cp_size: int, response_only: bool, seed: int
+    sizes: list[tuple[int, int, int]], cp_size: int, response_only: bool, share: bool, seed: int
 ) -> None:
-    row = row_of(sizes, 2 * cp_size, response_only)
+    row = row_of(sizes, 2 * cp_size, response_only, share)
     row = replace(row, score_labels=torch.arange(len(row.score_labels)))  # says which value is whose
     generator = torch.Generator().manual_seed(seed)
     values = (-4 * torch.rand(len(row.score_labels), generator=generator)).requires_grad_()

@@ -125,6 +125,7 @@ def test_what_is_wrong_is_named(values: Values, settings: Values, message: str) 
         ({"train__micro_batch_size": 1}, "train.micro_batch_size is not set in a recipe. A microbatch is one packed"),
         ({"validation__eval_iters": 1}, "validation.eval_iters is not set in a recipe. An evaluation always covers"),
         ({"model__seq_length": 1}, "model.seq_length is not set in a recipe. It follows from data.max_tokens_per_row"),
+        ({"model__should_pad_vocab": True}, "model.should_pad_vocab is not set in a recipe. The vocabulary is padded"),
         ({"checkpoint__save": "a"}, "checkpoint.save is not set in a recipe. Checkpoints lie in run.dir."),
         (
             {"checkpoint__load": "a"},
@@ -142,7 +143,6 @@ def test_what_is_wrong_is_named(values: Values, settings: Values, message: str) 
             "model.calculate_per_token_loss (True) must be False: the loss is divided by counts of the whole global "
             "batch already. Leave it out.",
         ),
-        ({"model__should_pad_vocab": True}, "model.should_pad_vocab (True) must be False: padding of the vocabulary"),
         (
             {"model__moe_expert_capacity_factor": 1.25},
             "model.moe_expert_capacity_factor (1.25) must be None: the loss would depend on how "
@@ -355,14 +355,6 @@ MODEL = LlamaConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=12,
             "Use 1 or 2 or 4.",
         ),
         (
-            4,
-            1,
-            4,
-            {"vocab_size": 101},
-            "The model's 101 tokens in the vocabulary cannot be split over model.tensor_model_parallel_size (4). "
-            "Use 1.",
-        ),
-        (
             1,
             4,
             4,
@@ -385,6 +377,8 @@ def test_a_layout_that_does_not_divide_is_named_with_what_does(
 def test_a_layout_that_divides_passes(values: Values) -> None:
     parallel = {"model__tensor_model_parallel_size": 4, "model__pipeline_model_parallel_size": 2}
     check_layout(build_recipe(changed(values, **parallel)), MODEL, 16)
+    odd = LlamaConfig(**{**MODEL.to_dict(), "vocab_size": 101})  # it is padded
+    check_layout(build_recipe(changed(values, **parallel)), odd, 16)
 
 
 MIXTURE = MixtralConfig(**{**MODEL.to_dict(), "model_type": "mixtral", "num_local_experts": 6})

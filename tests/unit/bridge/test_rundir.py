@@ -64,6 +64,7 @@ def written_then(values: Values, changes: Values) -> tuple[Path, Values, Values]
         {"run__export": False, "run__progress": "plain", "validation__eval_interval": 2},
         {"data__max_tokens_per_row": 300, "data__rows_per_step": 4, "data__num_workers": 1},
         {"data__eval": None, "env_vars__A": "b"},
+        {"orpo__head": "recompute", "orpo__head_cache_gib": 4},
     ],
 )
 def test_a_run_may_go_on_with_another_cluster_and_other_logging(runnable: Values, changes: Values) -> None:
@@ -123,7 +124,7 @@ def test_what_a_run_writes_reads_back(runnable: Values) -> None:
     write_records(recipe, prepared)
     assert read_run(recipe.run_dir) == recipe
     record = read_record(recipe.run_dir)
-    assert record["rows_per_step"] == prepared.plan.rows_per_step == 3
+    assert record["rows_per_step"] == prepared.plan.rows_per_step == 2
     assert record["content_hash"] == prepared.store.content_hash
     assert record["versions"] == versions() and record["versions"]["torch"] == importlib.metadata.version("torch")
     assert "parallel" not in yaml.safe_dump(record["trajectory"])

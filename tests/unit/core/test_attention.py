@@ -8,6 +8,8 @@ import pytest
 import torch
 
 LENGTHS = (5, 1, 9)
+#: Ends of prompt and chosen side of each segment where pairs share their prompt.
+SHARED = ((2, 3), (1, 1), (4, 6))
 HEADS, GROUPS, DIM = 6, 2, 4
 
 
@@ -24,11 +26,28 @@ def make_attention(scale: float | None = None, **config: Any) -> torch.nn.Module
     return PackedAttention(settings, 1, softmax_scale=scale, pg_collection=groups)
 
 
-def packed(lengths: tuple[int, ...] = LENGTHS) -> Any:
-    from megatron.core.packed_seq_params import PackedSeqParams
+def packed(
+    lengths: tuple[int, ...] = LENGTHS, ends: tuple[tuple[int, int], ...] | None = None, cp: tuple[int, int] = (1, 0)
+) -> Any:
+    """Returns what attention is told of a row of such segments."""
+    from orpo_megatron.batch import PackedRow
+    from orpo_megatron.core.row import row_params
 
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    prompt_ends, chosen_ends = zip(*(ends or zip(lengths, lengths, strict=True)), strict=True)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    row = PackedRow(
+        tokens=nothing,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        padding_mask=nothing,
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        prompt_ends=torch.tensor(prompt_ends),
+        chosen_ends=torch.tensor(chosen_ends),
+        **dict.fromkeys(("score_positions", "score_labels", "score_is_response", "score_lengths"), nothing),
+        **dict.fromkeys(("num_scored_tokens", "num_response_tokens", "pair_ids"), nothing),
+        num_nll_tokens=0,
+        num_pairs=0,
+    )
+    return row_params(row, "cpu", *cp)
 
 
 def row(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
@@ -38,11 +57,19 @@ def row(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def masked_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def masked_softmax(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, ends: Any = None
+) -> torch.Tensor:
     """Attends over the whole row at once, with a mask that allows the own sequence up to the own place."""
-    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    place = torch.arange(len(sequence))
-    allowed = (sequence[:, None] == sequence) & (place[:, None] >= place)
+    lengths = torch.tensor(LENGTHS)
+    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), lengths)
+    place = torch.arange(len(segment))
+    allowed = (segment[:, None] == segment) & (place[:, None] >= place)
+    if ends is not None:
+        inside = place - (lengths.cumsum(0) - lengths)[segment]
+        prompt_ends, chosen_ends = torch.tensor(ends).T
+        is_prompt, is_rejected = inside < prompt_ends[segment], inside >= chosen_ends[segment]
+        allowed &= is_prompt | (is_rejected[:, None] == is_rejected)
     key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))  # head h reads group h // 3
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
@@ -51,12 +78,13 @@ def masked_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("ends", [None, SHARED], ids=["sequences", "shared prompts"])
 def test_values_and_gradients_are_those_of_a_masked_softmax(
-    one_rank: None, dtype: torch.dtype, tolerance: float, scale: float | None
+    one_rank: None, dtype: torch.dtype, tolerance: float, scale: float | None, ends: Any
 ) -> None:
     inputs, reference_inputs = row(dtype), row(torch.float64)
-    output = make_attention(scale)(*inputs, None, packed_seq_params=packed())
-    reference = masked_softmax(*reference_inputs, scale=DIM**-0.5 if scale is None else scale)
+    output = make_attention(scale)(*inputs, None, packed_seq_params=packed(ends=ends))
+    reference = masked_softmax(*reference_inputs, scale=DIM**-0.5 if scale is None else scale, ends=ends)
     assert output.shape == (sum(LENGTHS), HEADS, DIM) and output.dtype == dtype
     torch.testing.assert_close(output.double(), reference, rtol=0, atol=tolerance)
     upstream = torch.randn(reference.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -88,9 +116,12 @@ def test_a_later_token_does_not_show_in_earlier_ones(one_rank: None) -> None:
     assert same == [True] * 10 + [False] * 5
 
 
-def test_a_row_that_is_not_packed_is_refused(one_rank: None) -> None:
-    with pytest.raises(ValueError, match="PackedAttention needs packed_seq_params: it takes packed rows only."):
-        make_attention()(*row(torch.float32), None)
+def test_a_row_that_is_not_one_of_ours_is_refused(one_rank: None) -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    for params in (None, PackedSeqParams(qkv_format="thd")):
+        with pytest.raises(ValueError, match=r"PackedAttention needs the packed_seq_params that core/row\.py makes"):
+            make_attention()(*row(torch.float32), None, packed_seq_params=params)
 
 
 def test_a_window_shorter_than_a_sequence_is_refused(one_rank: None) -> None:

@@ -22,6 +22,8 @@ def scored_row(positions: list[int], labels: list[int]) -> PackedRow:
         position_ids=nothing,
         padding_mask=nothing.bool(),
         cu_seqlens=torch.tensor([0, TOKENS], dtype=torch.int32),
+        prompt_ends=torch.tensor([TOKENS]),
+        chosen_ends=torch.tensor([TOKENS]),
         score_positions=torch.tensor(positions, dtype=torch.int64),
         score_labels=torch.tensor(labels, dtype=torch.int64),
         score_is_response=torch.ones(len(positions), dtype=torch.bool),
@@ -100,6 +102,31 @@ def test_only_scored_positions_meet_the_vocabulary(one_rank: None) -> None:
     with Products() as products:
         score_tokens(**head, context=scored_row([2, 5], [1, 1]))
     assert products.shapes == [(2, VOCAB)]
+
+
+@pytest.mark.parametrize(("mode", "budget", "cached"), [("auto", 480, True), ("auto", 479, False), ("cache", 0, True)])
+def test_the_mode_and_its_budget_reach_the_head(one_rank: None, mode: Any, budget: int, cached: bool) -> None:
+    """4 tokens of 30 logits of 4 bytes."""
+    from orpo_megatron.core.head import score_tokens
+
+    head = make_head(tied=True, bias=False)
+    scores = score_tokens(**head, context=scored_row([1, 2, 3, 4], [5, 6, 7, 8]), mode=mode, cache_bytes=budget)
+    assert (scores.grad_fn.kept is not None) == cached  # type: ignore[union-attr]
+
+
+def test_padding_of_the_vocabulary_stays_out(one_rank: None) -> None:
+    """Of 30 rows of the weight, 27 are ids: the other three move nothing and are not moved."""
+    from orpo_megatron.core.head import score_tokens
+
+    head = make_head(tied=True, bias=False)
+    hidden, weight = head["hidden_states"], head["output_weight"]
+    head["config"].vocab_size = 27
+    positions, labels = [0, 3, 9], [26, 0, 7]
+    ours = score_tokens(**head, context=scored_row(positions, labels))
+    theirs = (0.5 * hidden[:, 0].double() @ weight[:27].double().t()).log_softmax(dim=-1)[positions, labels]
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(ours.sum(), weight)
+    assert not gradient[27:].any() and gradient[:27].any(dim=1).all()
 
 
 def test_a_row_without_scored_tokens_still_reaches_every_parameter(one_rank: None) -> None:

@@ -136,7 +136,7 @@ def test_the_forward_step_hands_the_model_a_packed_row_and_scores_it(one_rank: N
 
     first, second = rows_of(2, sequence_multiple_of=4)
     model = Model(num_moe_experts=num_experts)
-    objective = OrpoConfig(beta=0.2)
+    objective = OrpoConfig(beta=0.2, head="recompute", head_cache_gib=0.5)
     rows = iter([first, second])
     forward_step = make_forward_step(objective, lambda: 6)
     for row in (first, second):
@@ -145,7 +145,9 @@ def test_the_forward_step_hands_the_model_a_packed_row_and_scores_it(one_rank: N
         assert float(share.detach()) == float(row_loss(row, objective, 6, logps_of(row, WEIGHTS))[0])
         call = SimpleNamespace(**model.calls[-1])
         assert torch.equal(call.input_ids, row.tokens[None]) and torch.equal(call.position_ids, row.position_ids[None])
-        assert call.output_processor is score_tokens and call.attention_mask is None
+        score = call.output_processor
+        assert score.func is score_tokens and score.keywords == {"mode": "recompute", "cache_bytes": 2**29}
+        assert call.attention_mask is None
         if num_experts:
             assert torch.equal(call.padding_mask, row.padding_mask[None]) and row.padding_mask.any()
         else:

@@ -21,6 +21,7 @@ from orpo_megatron.metrics import METRICS
 from orpo_megatron.segments import zigzag_positions
 
 LENGTHS = (8, 4, 20)
+SHARED = ((3, 5), (1, 4), (7, 11))  # the second has no rejected side
 OBJECTIVE = OrpoConfig(beta=0.3)
 PADDING = torch.tensor([False, False, True, False, True, True])
 MICROBATCHES = 2
@@ -32,12 +33,15 @@ def attention_inputs() -> list[torch.Tensor]:
     return [torch.randn(sum(LENGTHS), heads, DIM, generator=generator) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
 
 
-def attend(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns the output and the gradients of query, key and value."""
-    *qkv, upstream = inputs
-    qkv = [x.clone().requires_grad_() for x in qkv]
-    output = make_attention()(*qkv, None, packed_seq_params=packed(LENGTHS))
-    return [output.detach(), *torch.autograd.grad(output, qkv, upstream)]
+def attend(inputs: list[torch.Tensor], cp: tuple[int, int] = (1, 0)) -> list[torch.Tensor]:
+    """Returns the output and the gradients of query, key and value, of separate sequences and of shared prompts."""
+    results = []
+    for ends in (None, SHARED):
+        *qkv, upstream = inputs
+        qkv = [x.clone().requires_grad_() for x in qkv]
+        output = make_attention()(*qkv, None, packed_seq_params=packed(LENGTHS, ends, cp))
+        results += [output.detach(), *torch.autograd.grad(output, qkv, upstream)]
+    return results
 
 
 def step() -> dict[str, Any]:
@@ -113,7 +117,7 @@ def rank_main(rank: int, folder: str) -> None:
     results: dict[str, Any] = {}
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     held = zigzag_positions(LENGTHS, 2, rank)
-    results["attention"] = attend([x[held] for x in attention_inputs()])
+    results["attention"] = attend([x[held] for x in attention_inputs()], (2, rank))
     results["step"] = step()
     results["auxiliary losses, context 2"] = route(rank)
     parallel_state.destroy_model_parallel()

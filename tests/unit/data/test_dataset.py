@@ -65,9 +65,14 @@ def sequences(row: PackedRow) -> Iterator[tuple[list[int], list[int], list[int],
     """Yields tokens without padding, scored positions in the sequence, labels and is_response of each sequence."""
     ends = row.score_lengths.cumsum(0).tolist()
     for i, end in enumerate(ends):
-        begin, start, stop = end - int(row.score_lengths[i]), int(row.cu_seqlens[i]), int(row.cu_seqlens[i + 1])
-        tokens = row.tokens[start:stop][~row.padding_mask[start:stop]].tolist()
-        positions = (row.score_positions[begin:end] - start).tolist()
+        begin, (segment, side) = end - int(row.score_lengths[i]), divmod(i, 2) if row.shares_prefix else (i, 0)
+        start, stop = row.cu_seqlens[segment : segment + 2].tolist()
+        prompt, fork = int(row.prompt_ends[segment]), int(row.chosen_ends[segment])
+        places = [*range(fork)] if side == 0 else [*range(prompt), *range(fork, stop - start)]
+        places = [place for place in places if not row.padding_mask[start + place]]
+        assert row.position_ids[[start + place for place in places]].tolist() == list(range(len(places)))
+        tokens = row.tokens[[start + place for place in places]].tolist()
+        positions = [places.index(position - start) for position in row.score_positions[begin:end].tolist()]
         yield tokens, positions, row.score_labels[begin:end].tolist(), row.score_is_response[begin:end].tolist()
 
 
@@ -84,6 +89,8 @@ def test_row_by_hand_prompt_and_response() -> None:
         "position_ids": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2],
         "padding_mask": [False] * 14,
         "cu_seqlens": [0, 5, 9, 11, 14],
+        "prompt_ends": [5, 4, 2, 3],
+        "chosen_ends": [5, 4, 2, 3],
         "score_positions": [0, 1, 2, 3, 7, 9, 11, 12],
         "score_labels": [12, 13, 21, 22, 31, 23, 32, 33],
         "score_is_response": [False, False, True, True, True, True, True, True],
@@ -103,6 +110,8 @@ def test_row_by_hand_response_only_and_padded() -> None:
         "position_ids": [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3],
         "padding_mask": [False] * 5 + [True] * 3 + [False] * 4,
         "cu_seqlens": [0, 8, 12],
+        "prompt_ends": [8, 4],
+        "chosen_ends": [8, 4],
         "score_positions": [2, 3, 10],
         "score_labels": [21, 22, 31],
         "score_is_response": [True, True, True],
@@ -112,6 +121,29 @@ def test_row_by_hand_response_only_and_padded() -> None:
         "pair_ids": [0],
         "num_nll_tokens": 2,
         "num_pairs": 1,
+    }
+
+
+def test_row_by_hand_with_shared_prompts() -> None:
+    """Pair A takes 3 + 2 + 1 tokens and two of padding, pair B 1 + 1 + 2; each prompt's end is scored twice."""
+    row = rows_of([B, A], sequence_multiple_of=4, share_prefix=True)[0]
+    assert row.shares_prefix and row.max_seqlen == 6  # of the rejected side of A with its padding
+    assert values(row) == {
+        "tokens": [11, 12, 13, 21, 22, 31, PAD, PAD, 14, 23, 32, 33],
+        "position_ids": [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2],
+        "padding_mask": [False] * 6 + [True] * 2 + [False] * 4,
+        "cu_seqlens": [0, 8, 12],
+        "prompt_ends": [3, 1],
+        "chosen_ends": [5, 2],
+        "score_positions": [0, 1, 2, 3, 2, 8, 8, 10],
+        "score_labels": [12, 13, 21, 22, 31, 23, 32, 33],
+        "score_is_response": [False, False, True, True, True, True, True, True],
+        "score_lengths": [4, 1, 1, 2],
+        "num_scored_tokens": [4, 1, 1, 2],
+        "num_response_tokens": [2, 1, 1, 2],
+        "pair_ids": [1, 0],
+        "num_nll_tokens": 5,
+        "num_pairs": 2,
     }
 
 
@@ -134,6 +166,8 @@ def test_row_without_pairs(multiple: int, length: int) -> None:
         "position_ids": list(range(length)),
         "padding_mask": [True] * length,
         "cu_seqlens": [0, length],
+        "prompt_ends": [length],
+        "chosen_ends": [length],
         **NOTHING_SCORED,
         "num_nll_tokens": 4,
         "num_pairs": 1,
@@ -149,6 +183,8 @@ def test_a_filled_row_without_pairs() -> None:
         "position_ids": [0, 1, 2, 3],
         "padding_mask": [False, False, True, True],
         "cu_seqlens": [0, 4],
+        "prompt_ends": [4],
+        "chosen_ends": [4],
         **NOTHING_SCORED,
         "num_nll_tokens": 1,
         "num_pairs": 1,
@@ -177,9 +213,15 @@ def stores(draw: st.DrawFn) -> list[Pair]:
     return [pair(*([next(ids) for _ in range(size)] for size in part)) for part in sizes]
 
 
-@given(stores(), st.sampled_from(["prompt_and_response", "response"]), st.sampled_from([1, 8]), st.integers(1, 5))
+@given(
+    stores(),
+    st.sampled_from(["prompt_and_response", "response"]),
+    st.sampled_from([1, 8]),
+    st.integers(1, 5),
+    st.booleans(),
+)
 def test_rows_hold_the_pairs_and_the_plan_counts_them(
-    store: list[Pair], nll_scope: NllScope, multiple: int, pairs_per_step: int
+    store: list[Pair], nll_scope: NllScope, multiple: int, pairs_per_step: int, share_prefix: bool
 ) -> None:
     dataset = rows_of(
         store,
@@ -188,6 +230,7 @@ def test_rows_hold_the_pairs_and_the_plan_counts_them(
         shuffle=True,
         max_tokens_per_row=64,
         sequence_multiple_of=multiple,
+        share_prefix=share_prefix,
     )
     plan, seen = dataset.plan, []
     for step in range(plan.num_steps):
@@ -196,6 +239,7 @@ def test_rows_hold_the_pairs_and_the_plan_counts_them(
         for row in rows:
             assert len(row.tokens) == len(row.position_ids) == row.cu_seqlens[-1] <= 64
             assert not (row.cu_seqlens % multiple).any()
+            assert row.shares_prefix == (share_prefix and len(row.pair_ids) > 0)
             sides = list(sequences(row))
             for i, pair_id in enumerate(row.pair_ids.tolist()):
                 expected = store[pair_id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_megatron.config import ConfigError
-from orpo_megatron.data.plan import PairLengths, PairOrder, StepPlan, balance, make_eval_plan, make_plan
+from orpo_megatron.data.packing import balance, longest_rows
+from orpo_megatron.data.plan import PairLengths, PairOrder, StepPlan, make_eval_plan, make_plan
 
 # Tokens of both sides, 2 * prompt + chosen + rejected: 13, 15, 12, 7, 13.
 FIVE = PairLengths(np.array([4, 2, 3, 1, 5]), np.array([3, 6, 2, 2, 1]), np.array([2, 5, 4, 3, 2]))
@@ -56,6 +58,12 @@ def test_padded_tokens_are_two_sequences_each_padded_by_itself() -> None:
     assert FIVE.padded_tokens(1).tolist() == [13, 15, 12, 7, 13]
     # Sequences 7 and 6, 8 and 7, 5 and 7, 3 and 4, 6 and 7, each up to a multiple of 4.
     assert FIVE.padded_tokens(4).tolist() == [16, 16, 16, 8, 16]
+
+
+def test_padded_tokens_of_a_shared_prompt_are_one_segment() -> None:
+    once = (FIVE.padded_tokens(1) - FIVE.prompt).tolist()
+    assert FIVE.padded_tokens(1, share_prefix=True).tolist() == once
+    assert FIVE.padded_tokens(4, share_prefix=True).tolist() == [-(-tokens // 4) * 4 for tokens in once]
 
 
 def test_steps_in_file_order_keep_the_ragged_one_and_repeat() -> None:
@@ -105,6 +113,20 @@ def test_balance_by_hand() -> None:
     assert balance([3, 7, 5, 4, 6], 2) == ([[1, 3, 0], [4, 2]], [14, 11])
     assert balance([5, 5, 5], 2) == ([[0, 2], [1]], [10, 5])
     assert balance([5], 3) == ([[0], [], []], [5, 0, 0])
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=9), st.integers(1, 12))
+def test_longest_rows_of_many_steps_are_those_of_balance(steps: list[list[int]], num_rows: int) -> None:
+    costs = np.array([step + [0] * (20 - len(step)) for step in steps], dtype=np.int64)
+    with mock.patch("orpo_megatron.data.packing.STEPS_AT_ONCE", 4):
+        assert longest_rows(costs, num_rows).tolist() == [max(balance(step, num_rows)[1]) for step in steps]
+
+
+def test_longest_rows_by_hand() -> None:
+    """7 and 6 open the rows, 5 joins 6, 4 joins 7, 3 makes one 14; two items in two rows; one item."""
+    costs = np.array([[3, 7, 5, 4, 6], [0, 9, 0, 0, 8], [1, 0, 0, 0, 0]])
+    assert longest_rows(costs, 2).tolist() == [14, 9, 1]
+    assert longest_rows(costs, 7).tolist() == [7, 9, 1]
 
 
 def test_row_count_grows_where_the_token_total_would_fit() -> None:
@@ -204,6 +226,27 @@ def test_summary_by_hand() -> None:
         "rows a step  2, 79.0% filled",
         "longest row  15 tokens of 20 allowed",
     ]
+
+
+@given(lengths_of_pairs(), plan_settings())
+def test_summary_is_that_of_every_step_packed_by_itself(lengths: PairLengths, settings: dict[str, Any]) -> None:
+    plan = plan_of(lengths, **settings)
+    summary, costs = plan.summary(), lengths.padded_tokens(plan.sequence_multiple_of)
+    longest = [max(costs[row].sum() for row in plan.rows(step)) for step in range(plan.num_steps)]
+    num_tokens = [plan.num_tokens(step) for step in range(plan.num_steps)]
+    assert (summary.num_tokens, summary.longest_row) == (sum(num_tokens), max(longest))
+    fill = [tokens / (plan.rows_per_step * most) for tokens, most in zip(num_tokens, longest, strict=True)]
+    assert summary.fill == pytest.approx(sum(fill) / plan.num_steps, rel=1e-12)
+
+
+def test_a_step_is_packed_once_for_all_of_its_rows() -> None:
+    plan = plan_of(FIVE)
+    with mock.patch("orpo_megatron.data.plan.balance", side_effect=balance) as packed:
+        assert as_lists(plan.rows(0)) == as_lists(plan.rows(0)) == [[1], [0]]
+        assert as_lists(plan_of(FIVE, rows_per_step=3).rows(0)) == [[1], [0], []]  # another plan has its own
+    assert packed.call_count == 2
+    with pytest.raises(ValueError, match="read-only"):
+        plan.rows(0)[0][0] = 7
 
 
 def test_plan_survives_pickling() -> None:

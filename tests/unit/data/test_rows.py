@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orpo_megatron.config import ConfigError
+from orpo_megatron.data.files import find_files
 from orpo_megatron.data.rows import BadRow, Message, PreferenceRow, read_rows
 
 SYSTEM, ASK, ANSWER, MORE = "Be brief.", "2 + 2?", "4.", "And 3 + 3?"
@@ -261,13 +263,51 @@ def test_json_files(tmp_path: Path) -> None:
 
 def test_lines_that_are_no_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": }\n{"a": "\xff"}\n' + b"\xef\xbb\xbf" + json.dumps(RECORD).encode() + b"\n")
+    lines = [b'{"a": }', b'{"a": "\xff"}', b"\xef\xbb\xbf" + json.dumps(RECORD).encode(), b"9" * 5000, b"[" * 200_000]
+    path.write_bytes(b"\n".join(lines))
     reasons = [str(row).split(": ", 1)[1] for row in read_rows(str(path), "train")]
     assert reasons == [
         "broken JSON (Expecting value at character 7)",
         "not UTF-8 (byte 8 of the line)",
         "broken JSON (Unexpected UTF-8 BOM (decode using utf-8-sig) at character 1)",
+        reasons[3],
+        reasons[4],
     ]
+    assert "Exceeds the limit (4300 digits)" in reasons[3] and "maximum recursion depth exceeded" in reasons[4]
+
+
+def test_lines_and_rows_are_numbered_through_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    records = [{**RECORD, "prompt": f"{number}:"} for number in range(1, 300)]
+    lines = [json.dumps(record).encode() + b"\n" for record in records]
+    lines[100:100] = [b"\n", b'{"prompt"\n']  # an empty line and a broken one
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(lines)[:-1])
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    Dataset.from_list(records).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    in_order = [(f"{number}:", number) for number in range(1, 300)]
+    of_lines = [(prompt, number + 2 * (number > 100)) for prompt, number in in_order]
+    for size in (1, 50, 1000):
+        monkeypatch.setattr("orpo_megatron.data.files.BYTES_IN_BLOCK", size)
+        monkeypatch.setattr("orpo_megatron.data.files.ROWS_IN_BLOCK", size)
+        assert prompts(tmp_path / "rows.jsonl") == of_lines
+        assert [row.line for row in read_rows(str(tmp_path / "rows.jsonl"), "train") if isinstance(row, BadRow)] == [
+            102
+        ]
+        for name in ("rows.json", "rows.parquet", "saved"):
+            assert prompts(tmp_path / name) == in_order
+
+
+def test_a_block_travels_to_another_process(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(RECORD) + "\n" + json.dumps(OTHER))
+    (tmp_path / "rows.json").write_text(json.dumps([RECORD, OTHER]))
+    Dataset.from_list([RECORD, OTHER]).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        (block,) = find_files(str(tmp_path / name), "train")[0].blocks()
+        assert list(pickle.loads(pickle.dumps(block)).records()) == [(1, RECORD), (2, OTHER)]
 
 
 def test_parquet_and_saved_folders(tmp_path: Path) -> None:
@@ -319,6 +359,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "latin.json": b'["\xff"]',
         "cut.jsonl.gz": gzip.compress(b'{"a": 1}\n' * 1000)[:-20],
         "plain.jsonl.gz": b'{"a": 1}\n',
+        "damaged.jsonl.gz": gzip.compress(b"".join(b"%d\n" % n for n in range(5000)))[:500] + bytes(5000),
         "no.parquet": b"PAR0",
         "rows.csv": b"a,b",
     }

@@ -1,6 +1,7 @@
 """Files to the cache and back: nothing lost, nothing built twice, nothing half built."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,12 @@ def test_one_of_each_bad_row_is_named_and_the_good_ones_are_kept(build, tokenize
     assert [store.source(i) for i in range(len(store))] == [(str(path), 1), (str(path), 8), (str(path), 13)]
     assert tokenizer.decode(store[2].prompt) == "The last"
     assert store.report.rows_read == len(ONE_OF_EACH) == 13
-    assert sum(store.report.counts.values()) == 10
-    with pytest.raises(ConfigError, match=r"10 of 13 rows .*1 broken JSON.*max_bad_rows \(9\).*report.json") as raised:
+    assert sum(store.report.bad_row_counts.values()) == 10
+    with pytest.raises(
+        ConfigError, match=r"10 of 13 rows .*1 broken JSON.*max_bad_rows \(9\).*bad_rows.json"
+    ) as raised:
         build(path, max_length=64, max_prompt_length=16, max_bad_rows=9)
-    assert (tmp_path / "cache" / "data" / store.content_hash / "report.json").exists()
+    assert (tmp_path / "cache" / "data" / store.content_hash / "bad_rows.jsonl").exists()
     assert named[0] in str(raised.value)
     with pytest.raises(ConfigError, match=r"max_bad_rows \(0.7\)"):  # a fraction: 9.1 rows
         build(path, max_length=64, max_prompt_length=16, max_bad_rows=0.7)
@@ -162,17 +165,33 @@ def test_the_same_rows_under_another_name_share_the_cache(build, tmp_path: Path)
     assert list(second.report.layouts) == [str(moved)]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "index.npy", "report.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "bad_rows.jsonl", "report.json"])
 def test_a_torn_cache_is_built_anew(name: str, build, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [text_row(), text_row("b")])
     store = build(path)
     tokens = store[1].rejected.tolist()
     torn = store.folder / name
-    if name == "report.json":
+    if name.startswith(("report", "bad_rows")):
         torn.unlink()
     else:
         torn.write_bytes(torn.read_bytes()[:-4])
     assert build(path)[1].rejected.tolist() == tokens
+
+
+def test_a_later_start_reads_neither_the_data_nor_whole_arrays(build, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [text_row(), text_row("b", rejected=""), text_row("c")])
+    os.utime(path, (0, 0))
+    first = build(path, max_bad_rows=1)
+    path.write_bytes(bytes(path.stat().st_size))  # the same size and time: what the remembered hash cannot see
+    os.utime(path, (0, 0))
+    store = build(path, max_bad_rows=1)
+    assert store.content_hash == first.content_hash
+    assert [store.source(index)[1] for index in range(2)] == [1, 3]
+    for array in (*vars(store.lengths).values(), store[1].chosen):
+        assert isinstance(array, np.memmap) and array.filename is not None and not array.flags.writeable
+    os.utime(path, (0, 1))
+    with pytest.raises(ConfigError, match="Empty data set"):
+        build(path, max_bad_rows=3)
 
 
 def test_a_build_that_fails_leaves_no_cache(build, tmp_path: Path) -> None:
@@ -197,8 +216,8 @@ def test_several_sources_in_order(tokenizer_folder: str, tmp_path: Path) -> None
 
 
 def test_worker_processes_give_the_same_in_the_same_order(build, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("orpo_megatron.data.store.ROWS_IN_PROCESS", 20)
-    monkeypatch.setattr("orpo_megatron.data.store.ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr("orpo_megatron.data.build.BLOCKS_IN_PROCESS", 3)
+    monkeypatch.setattr("orpo_megatron.data.files.BYTES_IN_BLOCK", 500)
     rows = [text_row(f"{number} + 1 =", rejected="" if number % 10 == 3 else " no") for number in range(100)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     stores = []
@@ -206,9 +225,11 @@ def test_worker_processes_give_the_same_in_the_same_order(build, tmp_path: Path,
         stores.append(build(path, num_workers=num_workers, max_bad_rows=0.1))
         stores[-1].folder.rename(tmp_path / f"built_by_{num_workers}")
     one, two = ((tmp_path / f"built_by_{n}") for n in (1, 2))
-    for name in ("tokens.bin", "index.npy", "report.json"):
+    for name in ("tokens.bin", "index.bin", "bad_rows.jsonl", "report.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
-    assert [row.line for row in stores[1].report.bad_rows] == list(range(4, 101, 10))
+    copy = PairStore(two, "train", [str(path)])
+    assert [row.line for row in copy.report.bad_rows] == list(range(4, 101, 10))
+    assert [copy.source(index)[1] for index in (0, 3, 89)] == [1, 5, 100]
 
 
 def test_progress_is_one_line_where_there_is_no_terminal(tokenizer_folder: str, tmp_path: Path, capsys) -> None:
@@ -229,6 +250,6 @@ def test_shared_files_load_with_no_option(
     name: str, pairs: int, counts: dict[str, int], tokens: int, build, shared_data: Path
 ) -> None:
     store = build(shared_data / name)
-    assert (len(store), store.report.counts) == (pairs, counts)
+    assert (len(store), store.report.bad_row_counts) == (pairs, counts)
     assert sum(int(part.sum()) for part in vars(store.lengths).values()) == tokens
     assert all(store[i].chosen[-1] == store[i].rejected[-1] == 2 for i in range(pairs))

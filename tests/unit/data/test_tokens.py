@@ -9,7 +9,7 @@ import pytest
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.rows import BadRow, Message, PreferenceRow
 from orpo_megatron.data.sources import load_tokenizer
-from orpo_megatron.data.tokens import TokenizedPair, encode_pair
+from orpo_megatron.data.tokens import Limits, TokenizedPair, encode_pair, encode_pairs
 
 EOS = 2
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -126,6 +126,62 @@ def test_empty_text_prompt_needs_a_beginning_of_sequence(tokenizer) -> None:
 def test_responses_that_are_equal_or_empty_once_tokenised(tokenizer) -> None:
     assert str(encode(row("a", " b", " b<|im_end|>"), tokenizer)) == "rows.jsonl:7: equal responses once tokenised"
     assert str(encode(row("a", " b", "<|im_end|>"), tokenizer)) == "rows.jsonl:7: empty response once tokenised"
+
+
+SNIPPETS = [
+    "",
+    " ",
+    "\n",
+    "a",
+    " The sky",
+    "3.14",
+    "é",
+    "日本",
+    "🙂",
+    "\t\t",
+    "<|im_start|>",
+    "<|im_end|>",
+    "user",
+    " \u00a0x",
+]
+
+
+def test_many_rows_at_once_are_each_what_it_is_alone(tokenizer) -> None:
+    """Rows of every fate in one batch, against the tokenizer's own call for each text."""
+    generator = np.random.default_rng(0)
+
+    def text() -> str:
+        return "".join(generator.choice(SNIPPETS, generator.integers(0, 9)))
+
+    rows = [row(text(), text(), text()) for _ in range(200)]
+    rows[::7] = [row((Message("user", text()),), text(), text()) for _ in rows[::7]]
+    rows[5] = BadRow("rows.jsonl", 5, "broken JSON")
+    rows[8] = row("a", " b", " b<|im_end|>")
+    limits = Limits(max_length=12, max_prompt_length=6, overlong="truncate")
+    together = encode_pairs(rows, tokenizer, limits)
+    reasons = {result.reason for result in together if isinstance(result, BadRow)}
+    assert reasons >= {"broken JSON", "empty prompt", "empty response", "equal responses"}
+    assert sum(isinstance(result, TokenizedPair) for result in together) > 100
+    for one, result in zip(rows, together, strict=True):
+        if isinstance(result, BadRow):
+            assert result == (one if isinstance(one, BadRow) else encode_pair(one, tokenizer, **limits._asdict()))
+            continue
+        alone = encode_pair(one, tokenizer, **limits._asdict())
+        for part in ("prompt", "chosen", "rejected"):
+            assert getattr(result, part).tolist() == getattr(alone, part).tolist()
+        if isinstance(one.prompt, str):
+            assert result.prompt.tolist() == tokenizer(one.prompt)["input_ids"][-6:]
+            whole = tokenizer(one.chosen)["input_ids"]
+            if EOS in whole:  # the tests of the end of sequence cover that
+                continue
+            assert result.chosen.tolist() == [*whole, EOS][: 12 - len(result.prompt)]
+
+
+def test_truncation_and_padding_of_the_tokenizer_itself_are_off(tokenizer) -> None:
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    pair = encode(row(words("x", 20), words("b", 30), " c"), tokenizer)
+    assert (len(pair.prompt), len(pair.chosen), len(pair.rejected)) == (20, 31, 2)
 
 
 def words(letter: str, count: int) -> str:
