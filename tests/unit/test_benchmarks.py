@@ -95,13 +95,13 @@ def test_drawn_pairs_fill_the_row(layout: head_candidates.Layout) -> None:
 def test_all_heads_have_one_answer(layout: head_candidates.Layout) -> None:
     """TRL's head and Liger's on the padded batch, Megatron-Core's and ours on the packed row: loss and gradients."""
     pytest.importorskip("trl.experimental.orpo")
-    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    pytest.importorskip("liger_kernel.chunked_loss")
     case = Case(TOY, layout, torch.float32, CPU)
     heads = {
         "cache": lambda c: head_candidates.ours(c, "cache"),
         "recompute": lambda c: head_candidates.ours(c, "recompute"),
         "trl": lambda c: head_candidates.trl(c, head_candidates._trl_trainer(CPU)),
-        "liger": lambda c: head_candidates.liger(c, liger.LigerFusedLinearORPOLoss(beta=0.1, compiled=False)),
+        "liger": head_candidates.Liger(compiled=False),
     }
     expected = head_candidates.in_fp64(case).item()
     reference = head_candidates.gradients(case, head_candidates.in_fp64)
@@ -109,6 +109,19 @@ def test_all_heads_have_one_answer(layout: head_candidates.Layout) -> None:
         assert candidate(case).item() == pytest.approx(expected, rel=1e-5), name
         for found, right in zip(head_candidates.gradients(case, candidate), reference, strict=True):
             assert (found - right).abs().max() <= 1e-5 * right.abs().max(), name
+
+
+def test_liger_goes_on_uncompiled_where_compiling_fails() -> None:
+    pytest.importorskip("liger_kernel.chunked_loss")
+    case = Case(TOY, "one_pair", torch.float32, CPU)
+    liger = head_candidates.Liger(compiled=True)
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise AssertionError("sources must not be empty for symbol s17")
+
+    liger.loss = fails
+    assert liger(case).item() == pytest.approx(head_candidates.in_fp64(case).item(), rel=1e-5)
+    assert liger.note == "compiled=False: torch.compile failed on it in this run"
 
 
 def test_heads_are_held_to_the_fastest_peer() -> None:

@@ -1,0 +1,1 @@
+"""What every claimed figure comes from; README.md says how to run each."""
