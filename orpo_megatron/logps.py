@@ -19,8 +19,9 @@ HeadMode = Literal["auto", "cache", "recompute"]
 
 #: Up to so many bytes a microbatch, ``auto`` keeps exponentials for backward.
 CACHE_BYTES = 2**30
-#: Logits that are computed at once, in bytes of fp32: matrix products want many rows, memory few.
-_CHUNK_BYTES = 2**27
+#: Logits that are computed at once, in bytes of fp32: matrix products want many rows, memory few. What recomputes is
+#: short of memory, and a CPU content with few rows.
+_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 2**27, 2**24
 
 
 def fused_logps(
@@ -171,9 +172,9 @@ class _FusedLogps(torch.autograd.Function):
         columns, here, num_ids = _shard_labels(labels, len(weight), head.tp_group, head.vocab_size)
         scored = head.scored(hidden, positions)
         cached = head.cached and any(ctx.needs_input_grad[:3])
-        kept = weight.new_empty((len(labels) if cached else _rows(len(labels), weight), len(weight)))
+        kept = weight.new_empty((len(labels) if cached else _rows(len(labels), weight, cached), len(weight)))
         statistics = torch.empty((3, len(labels)), dtype=torch.float32, device=hidden.device)
-        for chunk in _chunks(len(labels), weight):
+        for chunk in _chunks(len(labels), weight, cached):
             z = head.logits(scored[chunk], weight, bias, kept[chunk] if cached else kept[: chunk.stop - chunk.start])
             exponentiate(z, columns[chunk], here[chunk], num_ids, statistics[:, chunk], keep=cached)
         maximum, sum_exp, target = _over_ranks(statistics, head.tp_group)
@@ -195,8 +196,9 @@ class _FusedLogps(torch.autograd.Function):
         d_scored = torch.empty_like(scored) if need_hidden else None
         d_weight = _WeightGradient(weight) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        u_of_all = kept[0] if kept else weight.new_empty((_rows(len(columns), weight), len(weight)))
-        for chunk in _chunks(len(columns), weight):
+        cached = kept is not None
+        u_of_all = kept[0] if kept else weight.new_empty((_rows(len(columns), weight, cached), len(weight)))
+        for chunk in _chunks(len(columns), weight, cached):
             u = u_of_all[chunk] if kept else u_of_all[: chunk.stop - chunk.start]
             factor, softmax = -grad[chunk], None
             if kept:
@@ -256,14 +258,15 @@ class _WeightGradient:
         return make(self.weight)
 
 
-def _rows(num_labels: int, weight: torch.Tensor) -> int:
+def _rows(num_labels: int, weight: torch.Tensor, cached: bool) -> int:
     """Returns how many rows of logits are computed at once."""
-    return min(num_labels, max(1, _CHUNK_BYTES // (4 * len(weight))))
+    num_bytes = _CHUNK_BYTES if cached or weight.is_cuda else _SMALL_CHUNK_BYTES
+    return min(num_labels, max(1, num_bytes // (4 * len(weight))))
 
 
-def _chunks(num_labels: int, weight: torch.Tensor) -> Iterator[slice]:
+def _chunks(num_labels: int, weight: torch.Tensor, cached: bool) -> Iterator[slice]:
     """Yields the rows in chunks."""
-    rows = _rows(num_labels, weight)
+    rows = _rows(num_labels, weight, cached)
     for start in range(0, num_labels, rows or 1):
         yield slice(start, min(start + rows, num_labels))
 

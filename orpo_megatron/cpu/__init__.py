@@ -289,6 +289,7 @@ def _load_and_allow_cpu(load: Callable[[types.ModuleType], None], module: types.
 def _redirect_megatron() -> None:
     """What in Megatron-Core itself needs a GPU."""
     import megatron.core.datasets.utils
+    import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -309,6 +310,8 @@ def _redirect_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     _mend_adam_checkpoints(DistributedOptimizer)
     _fuse_adam(MegatronOptimizer)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -378,3 +381,17 @@ def _fuse_adam(cls: Any) -> None:
                 group["fused"] = True
 
     cls.__init__ = init_and_fuse
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Spares a rank without replicas a copy of all gradients, which gloo makes though nothing has to be sent."""
+
+    @functools.wraps(collective)
+    def alone_or_not(output: Any, source: Any, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if group is None or group.size() > 1:
+            return collective(output, source, *args, group=group, **kwargs)
+        if output.data_ptr() != source.data_ptr():
+            output.copy_(source)
+        return None
+
+    return alone_or_not

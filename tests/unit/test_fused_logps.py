@@ -22,7 +22,8 @@ MODES = ("cache", "recompute")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes 31 rows five chunks of four blocks: seams everywhere."""
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * VOCAB * 7)
+    for name in ("_CHUNK_BYTES", "_SMALL_CHUNK_BYTES"):
+        monkeypatch.setattr(module, name, 4 * VOCAB * 7)
     monkeypatch.setattr(elementwise, "_BLOCK_BYTES", 4 * VOCAB * 2)
 
 
@@ -235,7 +236,8 @@ CASES = [(mode, split, ids) for mode in MODES for split in (False, True) for ids
 def rank_main(rank: int, folder: str) -> None:
     """Runs all cases on one of two ranks, counts collectives, and leaves values and gradients in ``folder``."""
     torch.set_num_threads(1)
-    module._CHUNK_BYTES, elementwise._BLOCK_BYTES = 4 * VOCAB // 2 * 7, 4 * VOCAB // 2 * 2
+    module._CHUNK_BYTES = module._SMALL_CHUNK_BYTES = 4 * VOCAB // 2 * 7
+    elementwise._BLOCK_BYTES = 4 * VOCAB // 2 * 2
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     calls: list[str] = []
     for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor"):
