@@ -58,7 +58,7 @@ class Workload:
                 "max_prompt_length": self.max_length - 1,
                 "pairs_per_step": self.pairs_per_step,
                 "shuffle": False,
-                "max_bad_rows": 1.0,
+                "max_bad_rows": 0.999,
                 **data,
             },
             "train": {"train_iters": self.num_steps},

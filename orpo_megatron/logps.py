@@ -247,15 +247,14 @@ class _WeightGradient:
         else:
             self.total.addmm_(u.t().to(self.total.dtype), scored.to(self.total.dtype))
 
-    def result(self) -> torch.Tensor:
+    def result(self) -> torch.Tensor | None:
         """Returns what autograd is given: the gradient, or a stand-in where ``main_grad`` has it already."""
         if not self.direct:
             return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
-        # Megatron's hook then only notes that the gradient is there. It adds the stand-in to a weight that says
-        # zero_out_wgrad, because an embedding's gradient may come with it.
+        # Megatron's hook then only notes that the gradient is there. What it does add is the gradient of a weight that
+        # says zero_out_wgrad: that of the embedding on the same stage, which comes by itself and needs no stand-in.
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
-        return make(self.weight)
+        return None if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like(self.weight)
 
 
 def _rows(num_labels: int, weight: torch.Tensor, cached: bool) -> int:

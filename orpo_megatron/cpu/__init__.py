@@ -362,7 +362,9 @@ def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per
     """Returns the L2 norm of all tensors, fp32 [1]; the call is that of apex's ``amp_C.multi_tensor_l2norm``."""
     import torch
 
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
+    # By pieces, since PyTorch makes an fp64 copy of what it takes the norm of.
+    pieces = [part for tensors in tensor_lists for tensor in tensors for part in tensor.reshape(-1).split(2**18)]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in pieces]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     return total.float().reshape(1), None
 
