@@ -93,14 +93,19 @@ class Side:
         self.process.join()
 
     def _receive(self) -> Any:
+        # A pipe may outlive the process that was killed, so the process is looked at as well.
+        while not self.connection.poll(1.0) and self.process.is_alive():
+            pass
         try:
-            return self.connection.recv()
-        except EOFError as error:
-            self.process.join()
-            raise RuntimeError(
-                f"The process of {self.name} ended with status {self.process.exitcode}: what it wrote says why. "
-                "-9 means that memory ran out: lower --max-length or --pairs, or name fewer --candidates."
-            ) from error
+            if self.connection.poll():
+                return self.connection.recv()
+        except EOFError:
+            pass
+        self.process.join()
+        raise RuntimeError(
+            f"The process of {self.name} ended with status {self.process.exitcode}: what it wrote says why. "
+            "-9 means that memory ran out: lower --max-length or --pairs, or name fewer --candidates."
+        )
 
 
 def take_turns(candidates: Mapping[str, Candidate], workload: Workload) -> dict[str, list[StepFigures]]:
