@@ -57,6 +57,11 @@ class PackedRow:
 
     @property
     def max_seqlen(self) -> int:
+        """Length of the longest segment in tokens, with its padding."""
+        return int(self.cu_seqlens.diff().max())
+
+    @property
+    def longest_sequence(self) -> int:
         """Length of the longest sequence of a whole row in tokens, with its padding."""
         return int(self.position_ids.max()) + 1
 

@@ -73,7 +73,7 @@ class DataConfig:
         pad_to_multiple_of: What the length of every packed sequence is padded to a multiple of, beside what the
             layout and the precision demand. At ``max_length`` every sequence takes as much as in a padded batch.
         share_prefix: Whether the prompt of a pair is computed once for both responses (``on``) or for each of them
-            (``off``); the result is the same. ``auto`` decides by what it saves, and says so.
+            (``off``); the result is the same. ``auto`` decides by what it saves, and says so; on a GPU it stays off.
         shuffle: Whether each epoch visits the pairs in a new order, drawn from ``rng.seed``.
         max_bad_rows: Rows that may be unusable (broken, empty, too long, ...) before a run refuses to start: a
             count if a whole number of at least 1, else a fraction of all rows.

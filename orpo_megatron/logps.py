@@ -65,10 +65,15 @@ def fused_logps(
         Log-probs <= 0 in nats, fp32 [n], replicated over ``tp_group``. Backward expects the gradient replicated too.
 
     Raises:
-        ValueError: If ``mode`` is no mode, or there are not as many positions as labels.
+        ValueError: If ``mode`` is no mode, ``hidden`` and ``weight`` differ in dtype, or there are not as many
+            positions as labels.
     """
     if mode not in get_args(HeadMode):
         raise ValueError(f"mode ({mode!r}) must be one of {', '.join(get_args(HeadMode))}.")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype: convert one of them."
+        )
     tokens = len(hidden) * (dist.get_world_size(tp_group) if sequence_parallel and tp_group is not None else 1)
     scored = tokens if positions is None else len(positions)
     if scored != len(labels):

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
-from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.gpt_provider import GPTModelProvider, default_layer_spec
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from transformers import PretrainedConfig
 
 from orpo_megatron.bridge.apply import apply_settings
@@ -16,6 +17,7 @@ from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.core.attention import packed_local_layer_spec, shared_prefix_layer_spec
+from orpo_megatron.core.moe import has_auxiliary_loss
 
 # A checkpoint names the layer specification and the data set by their import paths.
 register_allowed_target_prefix("orpo_megatron")
@@ -92,6 +94,7 @@ def make_provider(
     provider.expert_tensor_parallel_size = 1
     set_dtype(provider, torch.float32)
     if share_prefix:
+        _check_plain_layers(provider, "data.share_prefix on", "Set data.share_prefix to off.")
         provider.transformer_layer_spec, provider.apply_rope_fusion = shared_prefix_layer_spec, False
     if here:
         fit_to_machine(provider)
@@ -102,6 +105,11 @@ def make_provider(
     if provider.virtual_pipeline_model_parallel_size == 1:
         provider.virtual_pipeline_model_parallel_size = None  # else the schedule would be the interleaved one
     _check_experts(provider)
+    if share_prefix and has_auxiliary_loss(provider):
+        raise ConfigError(
+            "data.share_prefix must be off for this model: its routers have a loss of their own, which would count a "
+            "shared prompt once. Set it to off, or the coefficients (model.moe_aux_loss_coeff, moe_z_loss_coeff) to 0."
+        )
     if getattr(provider, "mtp_num_layers", None):
         raise ConfigError(
             f"model.mtp_num_layers ({provider.mtp_num_layers}) must be null: this version does not train multi-token "
@@ -117,7 +125,7 @@ def make_provider(
             f"model.recompute_modules ({provider.recompute_modules}) must not name layernorm without Transformer "
             "Engine, which Megatron-Core asks about FP8 whenever it recomputes a norm. Leave it out."
         )
-    if here and not is_local(provider) and not recipe.sections.get("mixed_precision"):
+    if here and torch.cuda.is_available() and not recipe.sections.get("mixed_precision"):
         raise ConfigError(
             "mixed_precision is missing, but packed attention on a GPU takes bf16 or fp16 only. Set it to bf16_mixed."
         )
@@ -151,6 +159,21 @@ def _check_experts(provider: GPTModelProvider) -> None:
             )
 
 
+def _check_plain_layers(provider: GPTModelProvider, what: str, remedy: str) -> None:
+    """Checks that a model is built of Megatron-Core's plain decoder layers, which others can stand in for.
+
+    Raises:
+        ConfigError: If it has layers of its own.
+    """
+    spec = provider.transformer_layer_spec
+    function = getattr(spec, "func", spec)  # of a partial
+    if function not in (default_layer_spec, get_gpt_decoder_block_spec, shared_prefix_layer_spec):
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ConfigError(
+            f"{type(provider).__name__} has layers of its own ({name}), for which {what} has no stand-in. {remedy}"
+        )
+
+
 def is_local(provider: GPTModelProvider) -> bool:
     """Returns whether the model is built of Megatron-Core's local layers."""
     return provider.transformer_layer_spec is packed_local_layer_spec
@@ -166,6 +189,7 @@ def fit_to_machine(provider: GPTModelProvider) -> None:
     """Takes Megatron-Core's local layers and no fused kernels where there is no Transformer Engine or no GPU."""
     if HAVE_TE and torch.cuda.is_available():
         return
+    _check_plain_layers(provider, "a machine without Transformer Engine", "Train it on a GPU with Transformer Engine.")
     provider.transformer_layer_spec = packed_local_layer_spec
     for fusion in (
         "apply_rope_fusion",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from orpo_megatron.bridge.recipe import Recipe
+from orpo_megatron.bridge.recipe import Recipe, num_routed_experts
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.plan import PairLengths
 
@@ -15,7 +15,6 @@ from orpo_megatron.data.plan import PairLengths
 WORTH_IT = 0.05
 #: Settings of Transformer Engine's attention, which rows with shared prompts do without.
 _OF_ITS_ATTENTION = ("attention_backend", "cp_comm_type", "fp8_dot_product_attention")
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def choose_prefix(recipe: Recipe, hf_config: PretrainedConfig, lengths: PairLeng
 
 def _conflict(recipe: Recipe, hf_config: PretrainedConfig) -> str | None:
     """Returns what of the recipe or the model a shared prompt does not go with."""
-    if any(getattr(hf_config, name, None) for name in _NUM_EXPERTS):
+    if num_routed_experts(hf_config):
         if recipe.setting("model.moe_router_load_balancing_type") != "none" and (
             recipe.setting("model.moe_aux_loss_coeff") != 0
         ):

@@ -67,11 +67,11 @@ class PackedAttention(MegatronModule):
         """
         if not isinstance(packed_seq_params, RowParams):
             raise ValueError("PackedAttention needs the packed_seq_params that core/row.py makes of a packed row.")
-        if self.window is not None and packed_seq_params.max_seqlen_q > self.window:
+        if self.window is not None and packed_seq_params.longest_sequence > self.window:
             raise ValueError(
-                f"A sequence of {packed_seq_params.max_seqlen_q} tokens is longer than the model's attention window "
-                f"({self.window}), which needs Transformer Engine. Set data.max_length to at most the window, or "
-                "train on a GPU with data.share_prefix off."
+                f"A sequence of {packed_seq_params.longest_sequence} tokens is longer than the model's attention "
+                f"window ({self.window}), which needs Transformer Engine. Set data.max_length to at most the window, "
+                "or train on a GPU with data.share_prefix off."
             )
         if packed_seq_params.gather_order is not None:
             gathered = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.utils import unwrap_model
 
 from orpo_megatron.core.attention import PackedAttention
@@ -12,11 +13,11 @@ from orpo_megatron.core.row import RowParams
 
 
 def follow_positions(model: torch.nn.Module) -> None:
-    """Makes a model's rotary embedding follow the positions of ``RowParams``, unless a fused kernel counts them.
+    """Makes a model's rotary embedding follow the positions of ``RowParams``: Megatron-Core's own, where not fused.
 
     Megatron-Core counts positions from the start of each segment, whatever ``position_ids`` say, but takes frequencies
-    as they are where there is one for each token of the row. That is right for pairs that share their prompt, and
-    faster for others: the unfused embedding else goes by segments, each of which costs autograd a copy of the row.
+    as they are where there is one for each token of the row. That is right for pairs that share their prompt, and on a
+    CPU faster for others: there the embedding else goes by segments, each of which costs autograd a copy of the row.
     Doing it again changes nothing.
 
     Source: ``_apply_rotary_pos_emb_thd`` of Megatron-Core 0.19.
@@ -26,9 +27,7 @@ def follow_positions(model: torch.nn.Module) -> None:
     """
     gpt: Any = unwrap_model(model)
     rotary = getattr(gpt, "rotary_pos_emb", None)
-    if rotary is None or isinstance(rotary, _RowPositions) or gpt.config.apply_rope_fusion:
-        return
-    if gpt.position_embedding_type in ("rope", "yarn"):
+    if type(rotary) in (RotaryEmbedding, YarnRotaryEmbedding) and not gpt.config.apply_rope_fusion:
         gpt.rotary_pos_emb = _RowPositions(rotary)
 
 
@@ -54,6 +53,12 @@ def check_takes_shared_prefix(model: torch.nn.Module) -> None:
         raise ValueError(
             "apply_rope_fusion (True) must be False for rows whose pairs share their prompt: the fused kernel counts "
             "positions itself. Turn it off, or set data.share_prefix to off."
+        )
+    rotary = getattr(gpt, "rotary_pos_emb", None)
+    if kind in ("rope", "yarn") and not isinstance(rotary, _RowPositions):
+        raise ValueError(
+            f"rotary_pos_emb ({type(rotary).__name__}) must be Megatron-Core's own for rows whose pairs share their "
+            "prompt: another one may count positions in its own way. Set data.share_prefix to off."
         )
     if kind not in ("rope", "yarn", "learned_absolute", "none"):
         raise ValueError(

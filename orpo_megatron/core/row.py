@@ -20,11 +20,13 @@ class RowParams(PackedSeqParams):
         spans: What each query of this rank attends to.
         gather_order: Where each position of the whole row lies in what context-parallel ranks gather, int64 [t]; None
             where the rank holds the whole row.
+        longest_sequence: Tokens of the longest sequence, with its padding.
         position_ids: Position of each token of the whole row in its own sequence, int64 [t].
     """
 
     spans: Spans = field(default_factory=lambda: Spans([], 0, "cpu"))
     gather_order: torch.Tensor | None = None
+    longest_sequence: int = 0
     position_ids: torch.Tensor | None = None
 
 
@@ -51,5 +53,6 @@ def row_params(row: PackedRow, device: torch.device | str | int, cp_size: int = 
         max_seqlen_kv=max_seqlen,
         spans=Spans(attention_spans(row, cp_size, cp_rank), int(row.cu_seqlens[-1]), device),
         gather_order=order,
+        longest_sequence=row.longest_sequence,
         position_ids=row.position_ids.to(device, non_blocking=True),
     )

@@ -49,7 +49,8 @@ def make_forward_step(
         cp_group = parallel_state.get_context_parallel_group()
         device, cp = torch.cuda.current_device(), (cp_group.size(), cp_group.rank())
         row = context_shard(whole_row, *cp).to(device)
-        follow_positions(model)
+        if whole_row.shares_prefix or not row.tokens.is_cuda:
+            follow_positions(model)
         if whole_row.shares_prefix and model not in checked:
             check_takes_shared_prefix(model)
             checked.add(model)

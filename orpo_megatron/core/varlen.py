@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,32 +20,46 @@ from orpo_megatron.segments import Span
 
 
 class Spans:
-    """The spans of a row, as a CPU or a GPU's kernels take them."""
+    """The spans of a row, as a CPU or a GPU's kernels take them; worked out when the first layer asks.
+
+    Attributes:
+        spans: From ``attention_spans``.
+        num_keys: Length of the whole row.
+        device: Where the row is.
+    """
 
     def __init__(self, spans: Sequence[Span], num_keys: int, device: torch.device | str | int) -> None:
-        """Takes the spans of ``attention_spans`` and the length of the whole row.
+        """Keeps what it is given."""
+        self.spans, self.num_keys, self.device = spans, num_keys, device
+        self.query_sizes = [span.num_queries for span in spans]
 
-        What a GPU's kernels need goes there without waiting for it.
+    @cached_property
+    def pieces(self) -> tuple[list[int], list[list[int]]]:
+        """Sizes of the pieces of a row that is cut wherever a span's keys start or stop, and the pieces of each span.
+
+        Autograd joins such pieces again in one pass, where it would add up a whole row for every slice.
         """
-        queries = [span.num_queries for span in spans]
-        if torch.device(device).type != "cuda":
-            # The row is cut wherever a span's keys start or stop: autograd joins such pieces again in one pass, where
-            # it would add up a whole row for every slice.
-            cuts = sorted({0, num_keys, *(cut for span in spans for part in span.keys for cut in part)})
-            place = {cut: i for i, cut in enumerate(cuts)}
-            self.query_sizes = queries
-            self.piece_sizes = [after - before for before, after in pairwise(cuts)]
-            self.pieces_of = [
-                [i for part in span.keys for i in range(place[part[0]], place[part[1]])] for span in spans
-            ]
-            return
-        keys = [sum(stop - start for start, stop in span.keys) for span in spans]
-        index = torch.cat([torch.arange(start, stop) for span in spans for start, stop in span.keys])
-        self.max_queries, self.max_keys = max(queries), max(keys)
-        self.key_index, self.cu_queries, self.cu_keys = (
-            x.pin_memory().to(device, non_blocking=True)
-            for x in (index, *(torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (queries, keys)))
-        )
+        cuts = sorted({0, self.num_keys, *(cut for span in self.spans for part in span.keys for cut in part)})
+        place = {cut: i for i, cut in enumerate(cuts)}
+        sizes = [after - before for before, after in pairwise(cuts)]
+        return sizes, [[i for a, b in span.keys for i in range(place[a], place[b])] for span in self.spans]
+
+    @cached_property
+    def key_index(self) -> torch.Tensor:
+        """The keys of all spans, one after another, int64 on the device."""
+        parts = [torch.arange(start, stop) for span in self.spans for start, stop in span.keys]
+        return self._moved(torch.cat(parts))
+
+    @cached_property
+    def lengths(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Where the queries and the keys of each span start, int32 on the device, and the most that a span has."""
+        keys = [sum(stop - start for start, stop in span.keys) for span in self.spans]
+        starts = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (self.query_sizes, keys)]
+        return self._moved(starts[0]), self._moved(starts[1]), max(self.query_sizes), max(keys)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sends a tensor to the GPU without waiting for it."""
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def attend(
@@ -68,11 +82,11 @@ def attend(
     """
     if query.is_cuda:
         key, value = (x.index_select(0, spans.key_index) for x in (key, value))
-        lengths = (spans.cu_queries, spans.cu_keys, spans.max_queries, spans.max_keys)
-        return _kernel()(query, key, value, *lengths, scale=scale)
-    key_pieces, value_pieces = key.split(spans.piece_sizes), value.split(spans.piece_sizes)
+        return _kernel()(query, key, value, *spans.lengths, scale=scale)
+    sizes, pieces_of = spans.pieces
+    key_pieces, value_pieces = key.split(sizes), value.split(sizes)
     outputs = []
-    for q, pieces in zip(query.split(spans.query_sizes), spans.pieces_of, strict=True):
+    for q, pieces in zip(query.split(spans.query_sizes), pieces_of, strict=True):
         k, v = (torch.cat([x[i] for i in pieces]) for x in (key_pieces, value_pieces))
         outputs.append(_attend_span(q, k, v, scale))
     return torch.cat(outputs)

@@ -73,8 +73,15 @@ class Table:
     batch: RecordBatch
 
     def records(self) -> Iterator[Record]:
-        """Yields the rows."""
-        yield from enumerate(self.batch.to_pylist(), start=self.first)
+        """Yields the rows; text that is not UTF-8 makes its row a :class:`UnusableError`."""
+        try:
+            yield from enumerate(self.batch.to_pylist(), start=self.first)
+        except UnicodeDecodeError:  # before the first row: find out which it is
+            for i in range(self.batch.num_rows):
+                try:
+                    yield self.first + i, self.batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield self.first + i, UnusableError("not UTF-8", f"({error.reason})")
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,9 @@ class JsonFile:
     name: str
 
     def fingerprint(self, cache_dir: Path) -> str:
-        """Returns the SHA-256 of the bytes; see :func:`orpo_megatron.data.cache.remembered_hash`."""
-        return remembered_hash(self.name, cache_dir)
+        """Returns the SHA-256 of the bytes (``cache.remembered_hash``), and by which of its endings they are read."""
+        endings = [ending for ending in Path(self.name).suffixes if ending in (".json", ".gz")]
+        return " ".join([remembered_hash(self.name, cache_dir), *endings])
 
     def blocks(self) -> Iterator[Block]:
         """Yields the rows in blocks, in order.

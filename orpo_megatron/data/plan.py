@@ -373,8 +373,8 @@ def _settle_rows(
     pair = int(costs.argmax())
     if costs[pair] > budget:
         raise ConfigError(
-            f"data.max_tokens_per_row ({budget}) must hold the longest pair: pair {pair} takes {costs[pair]} tokens, "
-            f"both sides with padding. Use at least {costs[pair]}, or lower data.max_length."
+            f"data.max_tokens_per_row ({budget}) must hold the longest pair: pair {pair} takes {costs[pair]} tokens "
+            f"with padding. Use at least {costs[pair]}, or lower data.max_length."
         )
     fewest = _fewest_rows(order, costs, num_steps, budget, multiple)
     if given is None:
@@ -388,7 +388,8 @@ def _settle_rows(
     if given < fewest:
         raise ConfigError(
             f"data.rows_per_step ({given}) is too few for data.max_tokens_per_row ({budget}): it takes {fewest} rows "
-            f"to keep every step within the budget. Use {fewest}, or raise data.max_tokens_per_row."
+            f"to keep every step within the budget. Use {fewest}, or raise data.max_tokens_per_row. Where a "
+            "checkpoint fixes the rows, raise that, or set data.share_prefix and data.pad_to_multiple_of as they were."
         )
     return given
 

@@ -171,6 +171,10 @@ def test_bad_input() -> None:
     labels = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"mode \('fast'\) must be one of auto, cache, recompute\."):
         fused_logps(hidden, weight, labels, mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"hidden \(torch\.float32\) and weight \(torch\.bfloat16\) must have one dtype"
+    ):
+        fused_logps(hidden, weight.bfloat16(), torch.arange(TOKENS))
     with pytest.raises(ValueError, match=r"There are 24 positions to score but 3 labels"):
         fused_logps(hidden, weight, labels)
 

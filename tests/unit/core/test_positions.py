@@ -67,10 +67,14 @@ def test_a_fused_kernel_is_left_to_count_for_itself(one_rank: None) -> None:
 
 
 def test_a_model_that_would_mix_responses_up_is_refused(one_rank: None) -> None:
-    from orpo_megatron.core.positions import check_takes_shared_prefix
+    from orpo_megatron.core.positions import check_takes_shared_prefix, follow_positions
 
     rotary, attention = make_rotary("rope"), make_attention()
-    check_takes_shared_prefix(Gpt(rotary, attention))
+    fitting = Gpt(rotary, attention)
+    with pytest.raises(ValueError, match=r"rotary_pos_emb \(RotaryEmbedding\) must be Megatron-Core's own"):
+        check_takes_shared_prefix(fitting)  # it does not follow positions yet
+    follow_positions(fitting)
+    check_takes_shared_prefix(fitting)
     with pytest.raises(ValueError, match=r"layer\.core_attention is Identity, which would let both responses"):
         check_takes_shared_prefix(Gpt(rotary, torch.nn.Identity()))
     with pytest.raises(ValueError, match=r"apply_rope_fusion \(True\) must be False"):
@@ -79,3 +83,15 @@ def test_a_model_that_would_mix_responses_up_is_refused(one_rank: None) -> None:
         check_takes_shared_prefix(Gpt(rotary, attention, position_embedding_type="mrope"))
     with pytest.raises(ValueError, match=r"position_embedding_type \(latent\) must be rope, yarn"):
         check_takes_shared_prefix(Gpt(rotary, attention, multi_latent_attention=True))
+
+
+def test_an_embedding_of_another_kind_is_left_alone(one_rank: None) -> None:
+    """Such as Gemma 3's, which returns two tables at once."""
+    from orpo_megatron.core.positions import follow_positions
+
+    class Other(type(make_rotary("rope"))):  # type: ignore[misc]
+        pass
+
+    model = Gpt(Other(8, 1.0, use_cpu_initialization=True), make_attention())
+    follow_positions(model)
+    assert isinstance(model.rotary_pos_emb, Other)

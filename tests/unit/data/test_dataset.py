@@ -127,7 +127,7 @@ def test_row_by_hand_response_only_and_padded() -> None:
 def test_row_by_hand_with_shared_prompts() -> None:
     """Pair A takes 3 + 2 + 1 tokens and two of padding, pair B 1 + 1 + 2; each prompt's end is scored twice."""
     row = rows_of([B, A], sequence_multiple_of=4, share_prefix=True)[0]
-    assert row.shares_prefix and row.max_seqlen == 6  # of the rejected side of A with its padding
+    assert row.shares_prefix and (row.max_seqlen, row.longest_sequence) == (8, 6)  # pair A; its rejected side, padded
     assert values(row) == {
         "tokens": [11, 12, 13, 21, 22, 31, PAD, PAD, 14, 23, 32, 33],
         "position_ids": [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2],
