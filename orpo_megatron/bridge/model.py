@@ -169,9 +169,7 @@ def _check_plain_layers(provider: GPTModelProvider, what: str, remedy: str) -> N
     function = getattr(spec, "func", spec)  # of a partial
     if function not in (default_layer_spec, get_gpt_decoder_block_spec, shared_prefix_layer_spec):
         name = getattr(function, "__name__", type(function).__name__)
-        raise ConfigError(
-            f"{type(provider).__name__} has layers of its own ({name}), for which {what} has no stand-in. {remedy}"
-        )
+        raise ConfigError(f"This model has layers of its own ({name}), for which {what} has no stand-in. {remedy}")
 
 
 def is_local(provider: GPTModelProvider) -> bool:

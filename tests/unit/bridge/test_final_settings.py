@@ -17,7 +17,7 @@ EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]} 
 EXPERTS |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
 
 
-def finalised(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> Any:
+def finalised(folder: Path, config: dict[str, Any], settings: dict[str, Any], share_prefix: bool = False) -> Any:
     """Returns Bridge's configuration, built and finalised as for training."""
     from orpo_megatron.bridge.prepare import load_hf_config
     from orpo_megatron.bridge.session import Session
@@ -36,7 +36,7 @@ def finalised(folder: Path, config: dict[str, Any], settings: dict[str, Any]) ->
         else:
             values[section] = value
     recipe = build_recipe(values)
-    container = Session(recipe, load_hf_config(recipe), rows_per_step=4)._container()
+    container = Session(recipe, load_hf_config(recipe), rows_per_step=4, share_prefix=share_prefix)._container()
     finalise(container, recipe)
     return container
 
@@ -114,3 +114,19 @@ def test_overlapped_communication_by_its_own_section(two_ranks: None, tmp_path: 
 def test_one_chunk_a_stage_is_no_virtual_pipeline(two_ranks: None, tmp_path: Path) -> None:
     container = finalised(tmp_path, LLAMA, PIPELINE | {"model.virtual_pipeline_model_parallel_size": 1})
     assert container.model.virtual_pipeline_model_parallel_size is None
+
+
+def test_layers_of_a_models_own_are_not_replaced_by_others(two_ranks: None, tmp_path: Path) -> None:
+    """OLMoE normalises queries and keys over all heads, which no plain layer does."""
+    olmoe = EXPERTS | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]}
+    with pytest.raises(
+        ConfigError, match=r"This model has layers of its own \(olmoe_layer_spec\), for which a machine without"
+    ):
+        finalised(tmp_path, olmoe, {})
+
+
+def test_routers_with_a_loss_of_their_own_take_no_shared_prompts(two_ranks: None, tmp_path: Path) -> None:
+    """Found in what Bridge makes of the model, whatever the recipe says."""
+    with pytest.raises(ConfigError, match="data.share_prefix must be off for this model: its routers have a loss"):
+        finalised(tmp_path, EXPERTS, {"model.moe_aux_loss_coeff": 0.01}, share_prefix=True)
+    finalised(tmp_path, EXPERTS, {"model.moe_aux_loss_coeff": 0.0}, share_prefix=True)

@@ -388,3 +388,16 @@ def test_shared_files(name: str, layout: str, rows: int, bad: dict[str, int], sh
     assert len(read) == rows
     assert {reason: reasons.count(reason) for reason in reasons} == bad
     assert {row.layout for row in read if isinstance(row, PreferenceRow)} == {layout}
+
+
+def test_text_that_is_not_utf8_in_parquet_is_a_row_of_its_own(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    values = pa.array([b"a", b"\xff", b"c"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, values.buffers())  # as a careless writer leaves them
+    table = pa.table({"prompt": texts, "chosen": ["x"] * 3, "rejected": ["y"] * 3})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    first, second, third = read_rows(str(tmp_path / "rows.parquet"), "train")
+    assert isinstance(second, BadRow) and (second.line, second.reason) == (2, "not UTF-8")
+    assert isinstance(first, PreferenceRow) and isinstance(third, PreferenceRow) and third.line == 3

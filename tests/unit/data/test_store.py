@@ -165,6 +165,15 @@ def test_the_same_rows_under_another_name_share_the_cache(build, tmp_path: Path)
     assert list(second.report.layouts) == [str(moved)]
 
 
+def test_how_a_file_is_read_is_part_of_what_the_cache_is_known_by(build, tmp_path: Path) -> None:
+    """An array in a file of lines is one bad row; under a name that says array it is three good ones."""
+    array = json.dumps([text_row(), text_row("b"), text_row("c")])
+    (tmp_path / "rows.jsonl").write_text(array)
+    with pytest.raises(ConfigError, match="Empty data set"):
+        build(tmp_path / "rows.jsonl")
+    assert len(build((tmp_path / "rows.jsonl").rename(tmp_path / "rows.json"))) == 3
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "bad_rows.jsonl", "report.json"])
 def test_a_torn_cache_is_built_anew(name: str, build, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [text_row(), text_row("b")])
