@@ -167,7 +167,8 @@ def _check_plain_layers(provider: GPTModelProvider, what: str, remedy: str) -> N
     """
     spec = provider.transformer_layer_spec
     function = getattr(spec, "func", spec)  # of a partial
-    if function not in (default_layer_spec, get_gpt_decoder_block_spec, shared_prefix_layer_spec):
+    ours = (packed_local_layer_spec, shared_prefix_layer_spec)  # of a checkpoint
+    if function not in (default_layer_spec, get_gpt_decoder_block_spec, *ours):
         name = getattr(function, "__name__", type(function).__name__)
         raise ConfigError(f"This model has layers of its own ({name}), for which {what} has no stand-in. {remedy}")
 
