@@ -41,7 +41,6 @@ def make_forward_step(
         one ``PackedRow`` a microbatch and wants ``config.calculate_per_token_loss`` to be False.
     """
     score = partial(score_tokens, mode=objective.head, cache_bytes=int(objective.head_cache_gib * 2**30))
-
     checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def forward_step(data_iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:

@@ -7,7 +7,7 @@ trajectory when the cluster, the token budget or the row count changes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, TypeVar
 
@@ -316,18 +316,17 @@ def make_plan(
             ``rows_multiple_of``.
     """
     order = PairOrder(len(lengths), pairs_per_step, seed if shuffle else None)
-    costs = lengths.padded_tokens(sequence_multiple_of, share_prefix)
-    rows = _settle_rows(order, costs, num_steps, max_tokens_per_row, rows_multiple_of, rows_per_step)
-    return StepPlan(
+    plan = StepPlan(
         lengths,
         order,
         nll_scope,
         num_steps,
-        rows,
+        rows_multiple_of,
         max_tokens_per_row,
         sequence_multiple_of,
         share_prefix=share_prefix,
     )
+    return _settle_rows(plan, rows_multiple_of, rows_per_step)
 
 
 def make_eval_plan(
@@ -347,38 +346,36 @@ def make_eval_plan(
     """
     order = PairOrder(len(lengths), pairs_per_step, seed=None)
     num_steps = order.steps_per_epoch
-    costs = lengths.padded_tokens(sequence_multiple_of, share_prefix)
-    rows = _settle_rows(order, costs, num_steps, max_tokens_per_row, rows_multiple_of, rows_per_step)
-    return StepPlan(
+    plan = StepPlan(
         lengths,
         order,
         nll_scope,
         num_steps,
-        rows,
+        rows_multiple_of,
         max_tokens_per_row,
         sequence_multiple_of,
         whole_set_denominators=True,
         share_prefix=share_prefix,
     )
+    return _settle_rows(plan, rows_multiple_of, rows_per_step)
 
 
-def _settle_rows(
-    order: PairOrder, costs: np.ndarray, num_steps: int, budget: int, multiple: int, given: int | None
-) -> int:
-    """Returns the row count of a plan: the given one if it fits, else the fewest rows that do.
+def _settle_rows(plan: StepPlan, multiple: int, given: int | None) -> StepPlan:
+    """Returns the plan with its row count: the given one if it fits, else the fewest rows that do.
 
     Raises:
         ConfigError: If a pair alone passes the budget, or the given count does not fit the ranks or the budget.
     """
+    costs, budget = plan._costs, plan.max_tokens_per_row
     pair = int(costs.argmax())
     if costs[pair] > budget:
         raise ConfigError(
             f"data.max_tokens_per_row ({budget}) must hold the longest pair: pair {pair} takes {costs[pair]} tokens "
             f"with padding. Use at least {costs[pair]}, or lower data.max_length."
         )
-    fewest = _fewest_rows(order, costs, num_steps, budget, multiple)
+    fewest = _fewest_rows(plan.order, costs, plan.num_steps, budget, multiple)
     if given is None:
-        return fewest
+        return replace(plan, rows_per_step=fewest)
     if given % multiple:
         raise ConfigError(
             f"data.rows_per_step ({given}) must be a multiple of {multiple}, the rows that all ranks take at once. "
@@ -391,7 +388,7 @@ def _settle_rows(
             f"to keep every step within the budget. Use {fewest}, or raise data.max_tokens_per_row. Where a "
             "checkpoint fixes the rows, raise that, or set data.share_prefix and data.pad_to_multiple_of as they were."
         )
-    return given
+    return replace(plan, rows_per_step=given)
 
 
 def _fewest_rows(order: PairOrder, costs: np.ndarray, num_steps: int, budget: int, multiple: int) -> int:
