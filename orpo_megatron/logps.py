@@ -65,8 +65,9 @@ def fused_logps(
         Log-probs <= 0 in nats, fp32 [n], replicated over ``tp_group``. Backward expects the gradient replicated too.
 
     Raises:
-        ValueError: If ``mode`` is no mode, ``hidden`` and ``weight`` differ in dtype, or there are not as many
-            positions as labels.
+        ValueError: If ``mode`` is no mode, ``hidden`` and ``weight`` differ in dtype, there are not as many positions
+            as labels, or a label is outside the vocabulary. On a GPU, which nothing here waits for, the last is an
+            assertion of the device.
     """
     if mode not in get_args(HeadMode):
         raise ValueError(f"mode ({mode!r}) must be one of {', '.join(get_args(HeadMode))}.")
@@ -78,10 +79,23 @@ def fused_logps(
     scored = tokens if positions is None else len(positions)
     if scored != len(labels):
         raise ValueError(f"There are {scored} positions to score but {len(labels)} labels: give one label for each.")
+    _check_labels(labels, vocab_size or len(weight) * (1 if tp_group is None else dist.get_world_size(tp_group)))
     num_bytes = len(labels) * len(weight) * weight.element_size()
     cached = mode == "cache" or (mode == "auto" and num_bytes <= cache_bytes)
     head = _Head(tp_group, sequence_parallel, vocab_size, logit_scale, cached)
     return _FusedLogps.apply(hidden, weight, bias, labels, positions, head)
+
+
+def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
+    """Checks that every label is an id below ``vocab_size``; no rank would hold another one, and none would say so."""
+    fits = (labels >= 0) & (labels < vocab_size)
+    if labels.is_cuda:
+        torch._assert_async(fits.all(), "A label is outside the vocabulary.")
+    elif not bool(fits.all()):
+        raise ValueError(
+            f"labels hold {int(labels[~fits][0])}, which must be at least 0 and below the vocabulary's {vocab_size}. "
+            "Leave out positions that are not scored, rather than mark them."
+        )
 
 
 def vocab_parallel_logps(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+from pathlib import Path
 
 from orpo_megatron import cpu
 from orpo_megatron.config import ConfigError
@@ -21,7 +22,28 @@ def use_machine() -> None:
         say("No GPU found: running on the CPU over gloo (for first runs, tests and debugging).")
     else:
         _check_gpu_packages()
+        note = apex_note()
+        if note:
+            say(note)
     _one_process()
+
+
+def apex_note() -> str | None:
+    """Returns what there is to say about NVIDIA apex, or None where it is installed.
+
+    Megatron-Core uses its kernels where it finds them. The package called apex on PyPI is another one; it is told by
+    lacking the subpackage ``optimizers``.
+    """
+    spec = importlib.util.find_spec("apex")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if any((Path(folder) / "optimizers").is_dir() for folder in folders):
+        return None
+    if spec is None:
+        return "NVIDIA apex is not installed: Megatron-Core does without its fused kernels. NVIDIA's image ships it."
+    return (
+        f"The package apex at {', '.join(folders) or spec.origin} is not NVIDIA's, and Megatron-Core may fail on it. "
+        "Uninstall it (pip uninstall apex), or use NVIDIA's image, which ships the right one."
+    )
 
 
 def _check_gpu_packages() -> None:

@@ -60,16 +60,7 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
         _make_folder(run_dir, "run.dir")
     hf_config = prepare.load_hf_config(recipe)
     prepare.check_pretrained(recipe, hf_config)
-    step, record = rundir.latest_step(run_dir), rundir.read_record(run_dir)
-    rows_per_step = record.get("rows_per_step") if step else None
-    if rows_per_step and recipe.data.rows_per_step not in (None, rows_per_step):
-        raise ConfigError(
-            f"data.rows_per_step ({recipe.data.rows_per_step}) must stay {rows_per_step}, as in the checkpoints of "
-            f"{run_dir}. Leave it out, or give another run.dir."
-        )
-    prepared = prepare.prepare_run(recipe, hf_config, world_size, rows_per_step, show_progress=rank() == 0)
-    if step:
-        rundir.check_same_run(run_dir, record.get("trajectory") or {}, rundir.trajectory(recipe, prepared))
+    prepared, step = rundir.plan_run(recipe, hf_config, world_size, run_dir / rundir.CHECKPOINTS)
     if dry_run:
         return _dry_run(recipe, hf_config, prepared)
     steps = prepared.plan.num_steps
@@ -79,9 +70,10 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
         rundir.write_records(recipe, prepared)
         _announce(recipe, prepared, step, world_size)
     if not _train(recipe, hf_config, prepared):
+        checkpoints = run_dir / rundir.CHECKPOINTS
         say(
-            f"Stopped at step {rundir.latest_step(run_dir)} of {steps} as asked. The checkpoint is saved in "
-            f"{run_dir / rundir.CHECKPOINTS}; the same command goes on from there."
+            f"Stopped at step {rundir.latest_step(checkpoints)} of {steps} as asked. The checkpoint is saved in "
+            f"{checkpoints}; the same command goes on from there."
         )
         return EXIT_STOPPED
     return _finish(recipe, hf_config, steps, trained_now=True)

@@ -157,6 +157,16 @@ class TinyRecipe:
         return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt", **variables)
 
 
+def hub_folder(hub_id: str, home: Path) -> Path:
+    """Makes the folder in which the hub's client, with HF_HOME ``home``, finds the files of a model."""
+    repository, revision = home / "hub" / f"models--{hub_id.replace('/', '--')}", "0" * 40
+    folder = repository / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return folder
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Reads the complete lines of a run's metrics, null as NaN; none where there is no file yet."""
     path = run_dir / "metrics.jsonl"

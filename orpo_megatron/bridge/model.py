@@ -79,20 +79,38 @@ def make_provider(
         ConfigError: If a setting is not the provider's, or needs what this machine lacks.
     """
     provider = bridge.to_megatron_provider(load_weights=load_weights)
+    # Times the tensor parallel size: no more padding than that split takes, where Bridge's default would pad further.
+    provider.make_vocab_size_divisible_by = 1
+    provider.expert_tensor_parallel_size = 1
+    set_dtype(provider, torch.float32)
+    fit_to_rows(provider, recipe, here=here, share_prefix=share_prefix)
+    apply_settings(provider, recipe.sections["model"], "model")
+    check_provider(provider, recipe, here=here, share_prefix=share_prefix)
+    return provider
+
+
+def fit_to_rows(provider: GPTModelProvider, recipe: Recipe, *, here: bool, share_prefix: bool) -> None:
+    """Sets what packed rows and an exact loss ask of a model, and what this machine does.
+
+    Args:
+        provider: The provider; changed.
+        recipe: The recipe: its row budget and pipeline.
+        here: As in ``make_provider``.
+        share_prefix: As in ``make_provider``.
+
+    Raises:
+        ConfigError: If the model has layers of its own that nothing can stand in for.
+    """
     provider.seq_length = recipe.data.row_budget
     provider.hidden_dropout = provider.attention_dropout = 0.0
     provider.calculate_per_token_loss = False
     provider.cross_entropy_loss_fusion = False
-    # Times the tensor parallel size: no more padding than that split takes, where Bridge's default would pad further.
-    provider.make_vocab_size_divisible_by = 1
     if recipe.parallel_size("virtual_pipeline_model") > 1:
         # Batched exchange of both directions crosses them over gloo: wrong without a word for rows of one length.
         provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
     # Rows differ in length, so pipeline stages must exchange shapes; Megatron-Core ties that to this dispatcher.
     provider.variable_seq_lengths = recipe.parallel_size("pipeline_model") > 1
     provider.moe_token_dispatcher_type = "alltoall"
-    provider.expert_tensor_parallel_size = 1
-    set_dtype(provider, torch.float32)
     if share_prefix:
         _check_plain_layers(provider, "data.share_prefix on", "Set data.share_prefix to off.")
         provider.transformer_layer_spec, provider.apply_rope_fusion = shared_prefix_layer_spec, False
@@ -101,7 +119,20 @@ def make_provider(
     elif not HAVE_TE:
         # Megatron-Core refuses even to describe these without Transformer Engine.
         provider.apply_rope_fusion = provider.moe_permute_fusion = provider.moe_router_fusion = False
-    apply_settings(provider, recipe.sections["model"], "model")
+
+
+def check_provider(provider: GPTModelProvider, recipe: Recipe, *, here: bool, share_prefix: bool) -> None:
+    """Checks a model's settings once all of them are made.
+
+    Args:
+        provider: The provider.
+        recipe: The recipe.
+        here: As in ``make_provider``.
+        share_prefix: As in ``make_provider``.
+
+    Raises:
+        ConfigError: If one of them would not be exact, or needs what this machine lacks.
+    """
     if provider.virtual_pipeline_model_parallel_size == 1:
         provider.virtual_pipeline_model_parallel_size = None  # else the schedule would be the interleaved one
     _check_experts(provider)
@@ -115,21 +146,31 @@ def make_provider(
             f"model.mtp_num_layers ({provider.mtp_num_layers}) must be null: this version does not train multi-token "
             "prediction."
         )
-    if here and provider.expert_tensor_parallel_size > 1 and not torch.cuda.is_available():
+    if here:
+        _check_here(provider, recipe)
+
+
+def _check_here(provider: GPTModelProvider, recipe: Recipe) -> None:
+    """Checks that this machine can do what the settings ask for.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    on_gpu = torch.cuda.is_available()
+    if (provider.expert_tensor_parallel_size or 1) > 1 and not on_gpu:
         raise ConfigError(
             f"model.expert_tensor_parallel_size ({provider.expert_tensor_parallel_size}) must be 1 on a CPU: gloo "
             "lacks the uneven all-gather that a split expert takes. Leave it out."
         )
-    if here and is_local(provider) and "layernorm" in (provider.recompute_modules or ()):
+    if is_local(provider) and "layernorm" in (provider.recompute_modules or ()):
         raise ConfigError(
             f"model.recompute_modules ({provider.recompute_modules}) must not name layernorm without Transformer "
             "Engine, which Megatron-Core asks about FP8 whenever it recomputes a norm. Leave it out."
         )
-    if here and torch.cuda.is_available() and not recipe.sections.get("mixed_precision"):
+    if on_gpu and not recipe.sections.get("mixed_precision"):
         raise ConfigError(
             "mixed_precision is missing, but packed attention on a GPU takes bf16 or fp16 only. Set it to bf16_mixed."
         )
-    return provider
 
 
 def _check_experts(provider: GPTModelProvider) -> None:

@@ -54,7 +54,7 @@ _REPLACED_SETTINGS = {
 _LAYOUT = "the loss would depend on how ranks are laid out"
 _VARYING = "rows differ in length"
 #: Bridge's settings that must keep the value at which a run is exact and whole.
-_EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
+EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.hidden_dropout": (0.0, _LAYOUT),
     "model.attention_dropout": (0.0, _LAYOUT),
     "peft.dropout": (0.0, _LAYOUT),
@@ -269,8 +269,8 @@ def _checked_section(name: str, section: Any, known: frozenset[str]) -> Any:
             raise ConfigError(f"{full} is not a setting.{nearest(str(key), names)}")
         if full in _REPLACED_SETTINGS and value is not None:
             raise ConfigError(f"{full} is not set in a recipe. {_REPLACED_SETTINGS[full]}")
-        if full in _EXACT_SETTINGS and value not in (None, _EXACT_SETTINGS[full][0]):
-            exact, reason = _EXACT_SETTINGS[full]
+        if full in EXACT_SETTINGS and value not in (None, EXACT_SETTINGS[full][0]):
+            exact, reason = EXACT_SETTINGS[full]
             raise ConfigError(f"{full} ({value}) must be {exact}: {reason}. Leave it out.")
     return dict(section)
 

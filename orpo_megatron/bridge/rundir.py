@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PretrainedConfig
 
-from orpo_megatron.bridge.prepare import Prepared
+from orpo_megatron.bridge.prepare import Prepared, prepare_run
 from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError
+from orpo_megatron.console import rank
 from orpo_megatron.modelcard import model_card
 
 RECIPE, DATA_REPORT, METRICS, CHECKPOINTS, HF = "recipe.yaml", "data_report.json", "metrics.jsonl", "checkpoints", "hf"
@@ -39,13 +41,13 @@ _FREE_DATA = {
 _FREE_TRAIN = {"train_iters", "num_epochs", "exit_interval", "exit_duration_in_mins"}
 
 
-def latest_step(run_dir: Path) -> int:
-    """Returns the step of the run's latest complete checkpoint, 0 where there is none.
+def latest_step(checkpoints: Path) -> int:
+    """Returns the step of the latest complete checkpoint in a folder of them, 0 where there is none.
 
     Raises:
         ConfigError: If the tracker file does not hold a step.
     """
-    tracker = run_dir / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return 0
     text = tracker.read_text().strip()
@@ -79,6 +81,34 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     """Returns what the run wrote about itself when it last started; empty where there is no run."""
     path = run_dir / RECIPE
     return ((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(RECORD) or {}) if path.is_file() else {}
+
+
+def plan_run(recipe: Recipe, hf_config: PretrainedConfig, world_size: int, checkpoints: Path) -> tuple[Prepared, int]:
+    """Prepares data and plans as the latest checkpoint wants them, if there is one.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        world_size: Number of ranks.
+        checkpoints: The folder that the run saves to and goes on from.
+
+    Returns:
+        Data and plans, and the step that the run goes on from, 0 at its start.
+
+    Raises:
+        ConfigError: If something does not fit, or the checkpoint is of another run.
+    """
+    step, record = latest_step(checkpoints), read_record(recipe.run_dir)
+    rows_per_step = record.get("rows_per_step") if step else None
+    if rows_per_step and recipe.data.rows_per_step not in (None, rows_per_step):
+        raise ConfigError(
+            f"data.rows_per_step ({recipe.data.rows_per_step}) must stay {rows_per_step}, as in the checkpoints of "
+            f"{recipe.run_dir}. Leave it out, or give another run.dir."
+        )
+    prepared = prepare_run(recipe, hf_config, world_size, rows_per_step, show_progress=rank() == 0)
+    if step:
+        check_same_run(recipe.run_dir, record.get("trajectory") or {}, trajectory(recipe, prepared))
+    return prepared, step
 
 
 def make_record(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
-from orpo_megatron.bridge.rundir import latest_step, partial_export
+from orpo_megatron.bridge.rundir import CHECKPOINTS, latest_step, partial_export
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank
 from orpo_megatron.core.moe import has_auxiliary_loss
@@ -112,7 +112,7 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
             step is not finite and ``run.on_nonfinite`` is ``stop``.
     """
     validate(recipe, hf_config, prepared, here=True)
-    resuming = latest_step(recipe.run_dir) > 0
+    resuming = latest_step(recipe.run_dir / CHECKPOINTS) > 0
     from_checkpoint = resuming or recipe.setting("checkpoint.pretrained_checkpoint") is not None
     bridge, container = build(recipe, hf_config, prepared, load_weights=not from_checkpoint)
     monitor = RunMonitor(

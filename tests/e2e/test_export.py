@@ -1,7 +1,6 @@
 """The exported folder: transformers finds the same model in it that Megatron evaluated."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,45 +12,17 @@ from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import load_recipe
 from orpo_megatron.data.sources import load_tokenizer
 from orpo_megatron.data.store import PairStore, prepare
-from orpo_megatron.data.tokens import TokenizedPair
+from plain import Figures, score
 
 pytestmark = pytest.mark.slow
 
 BOUND = 1e-4  # absolute; the two differ in attention kernels and in the order of sums
 
 
-@dataclass
-class Figures:
-    """One pair's log-probs, fp64, in nats; ``nll`` is summed over the chosen sequence's predicted tokens."""
-
-    chosen: float
-    rejected: float
-    nll: float
-    nll_tokens: int
-
-    @property
-    def log_odds_ratio(self) -> float:
-        """Log odds of chosen over rejected, as defined: log p / (1 - p) of each length-averaged probability."""
-        chosen, rejected = torch.tensor([self.chosen, self.rejected], dtype=torch.float64).exp()
-        return float(torch.log(chosen / (1 - chosen)) - torch.log(rejected / (1 - rejected)))
-
-
-@torch.no_grad()
-def score(model: torch.nn.Module, pair: TokenizedPair) -> Figures:
-    """Scores a pair one sequence at a time, with no packing and no padding."""
-
-    def logps(response: list[int]) -> torch.Tensor:
-        ids = torch.tensor([[*pair.prompt.tolist(), *response]])
-        log_probs = model(ids).logits[0, :-1].double().log_softmax(-1)
-        return log_probs.gather(1, ids[0, 1:, None])[:, 0]  # one for each token but the first
-
-    chosen, rejected = logps(pair.chosen.tolist()), logps(pair.rejected.tolist())
-    return Figures(
-        chosen=float(chosen[-len(pair.chosen) :].mean()),
-        rejected=float(rejected[-len(pair.rejected) :].mean()),
-        nll=-float(chosen.sum()),
-        nll_tokens=len(chosen),
-    )
+def scores(model: torch.nn.Module, store: PairStore) -> list[Figures]:
+    """Scores every pair; 0-dimensional tensors have become numbers."""
+    with torch.no_grad():
+        return [score(model, store[index]).as_numbers() for index in range(len(store))]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +38,7 @@ def test_transformers_scores_held_out_pairs_as_megatron_did(reference_run: Path,
     model = AutoModelForCausalLM.from_pretrained(reference_run / "hf", dtype=torch.float32).eval()
     assert len(held_out) == EVAL_PAIRS
 
-    pairs = [score(model, held_out[index]) for index in range(len(held_out))]
+    pairs = scores(model, held_out)
 
     inside = read_metrics(reference_run)[-1]
     assert (inside["step"], "eval_loss" in inside) == (STEPS, True)
@@ -91,7 +62,7 @@ def test_each_held_out_pair_has_the_same_log_odds_ratio(
     inside = json.loads((tmp_path / "scores.json").read_text())
 
     model = AutoModelForCausalLM.from_pretrained(reference_run / "hf", dtype=torch.float32).eval()
-    outside = [score(model, held_out[index]).log_odds_ratio for index in range(len(held_out))]
+    outside = [pair.log_odds_ratio for pair in scores(model, held_out)]
 
     assert inside == pytest.approx(outside, rel=0, abs=BOUND)
     assert max(outside) - min(outside) > 100 * BOUND  # the pairs differ, so the right one was met
@@ -123,7 +94,7 @@ def test_padding_of_the_vocabulary_is_not_exported(tiny: TinyRecipe, held_out: P
 
     model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32).eval()
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == odd
-    pairs = [score(model, held_out[index]) for index in range(EVAL_PAIRS)]
+    pairs = scores(model, held_out)
     inside = read_metrics(run_dir)[-1]
     expected = {
         "eval_logps/chosen": sum(pair.chosen for pair in pairs) / EVAL_PAIRS,
@@ -146,7 +117,7 @@ def test_adapters_are_merged_into_the_export(tiny: TinyRecipe, tmp_path: Path) -
     store = prepare(
         str(tiny.eval_file), "test", config=recipe.data, tokenizer_name=recipe.tokenizer, cache_dir=tiny.cache_dir
     )
-    pairs = [score(model, store[index]) for index in range(len(store))]
+    pairs = scores(model, store)
     inside = read_metrics(run_dir)[-1]
     assert inside["eval_logps/chosen"] == pytest.approx(sum(pair.chosen for pair in pairs) / len(pairs), abs=BOUND)
     assert inside["eval_logps/rejected"] == pytest.approx(sum(pair.rejected for pair in pairs) / len(pairs), abs=BOUND)

@@ -177,6 +177,15 @@ def test_bad_input() -> None:
         fused_logps(hidden, weight.bfloat16(), torch.arange(TOKENS))
     with pytest.raises(ValueError, match=r"There are 24 positions to score but 3 labels"):
         fused_logps(hidden, weight, labels)
+    for label in (-100, len(weight)):
+        labels = torch.full((TOKENS,), label)
+        with pytest.raises(
+            ValueError,
+            match=rf"labels hold {label}, which must be at least 0 and below the vocabulary's {len(weight)}\.",
+        ):
+            fused_logps(hidden, weight, labels)
+    with pytest.raises(ValueError, match=r"labels hold 5, which must be at least 0 and below the vocabulary's 5\."):
+        fused_logps(hidden, weight, torch.full((TOKENS,), 5), vocab_size=5)
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "head.md"

@@ -219,7 +219,7 @@ def test_every_replaced_or_exact_setting_exists_in_bridge() -> None:
 
     known = bridge_settings()
     uneven = [f"model.{name}" for name in recipe.UNEVEN_STAGES]
-    for name in [*recipe._REPLACED_SETTINGS, *recipe._EXACT_SETTINGS, *recipe._WHOLE_NUMBERS, *uneven]:
+    for name in [*recipe._REPLACED_SETTINGS, *recipe.EXACT_SETTINGS, *recipe._WHOLE_NUMBERS, *uneven]:
         section, key = name.split(".")
         assert key in known[section], name
     assert set(recipe._REPLACED_SECTIONS) <= set(known)

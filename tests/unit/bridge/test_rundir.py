@@ -140,8 +140,7 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 
 def test_the_latest_step_is_what_the_tracker_says(tmp_path: Path) -> None:
     assert latest_step(tmp_path) == 0
-    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
-    tracker.parent.mkdir()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("120\n")
     assert latest_step(tmp_path) == 120
     tracker.write_text("")

