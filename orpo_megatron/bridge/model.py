@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
-from megatron.bridge.models.gpt_provider import GPTModelProvider, default_layer_spec
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from transformers import PretrainedConfig
 
 from orpo_megatron.bridge.apply import apply_settings
+from orpo_megatron.bridge.layers import is_local, takes_local_layers, use_local_layers, use_shared_prefix_layers
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.core.attention import packed_local_layer_spec, shared_prefix_layer_spec
 from orpo_megatron.core.moe import has_auxiliary_loss
 
 # A checkpoint names the layer specification and the data set by their import paths.
@@ -35,19 +37,21 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
         name = ", ".join(hf_config.architectures or [hf_config.model_type])
         known = ", ".join(AutoBridge.list_supported_models())
         raise ConfigError(f"Megatron-Bridge has no bridge for {name}. It has these: {known}.")
-    return _TrimmingBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
+    return _CompletedBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
 
 
-class _TrimmingBridge(AutoBridge[Any]):
-    """Bridge 0.6 pads a vocabulary's weights on import and leaves the padding in on export. This one cuts it off.
+class _CompletedBridge(AutoBridge[Any]):
+    """Bridge 0.6's converter with what it leaves out.
 
-    Else transformers would not load what was exported.
+    It pads a vocabulary's weights on import and leaves the padding in on export, so that transformers would not load
+    what was exported: this one cuts it off. Of some mixtures of experts it knows the grouped experts of Transformer
+    Engine only: this one knows local ones as well.
     """
 
     @property
     def _model_bridge(self) -> Any:
         bridge = super()._model_bridge  # a new one each time
-        modify = bridge.maybe_modify_converted_hf_weight
+        modify, registry = bridge.maybe_modify_converted_hf_weight, bridge.mapping_registry
         vocab_size = getattr(self.hf_pretrained.config, "vocab_size", None)
 
         def trim(task: Any, weights: dict[str, torch.Tensor], hf_state: Any) -> dict[str, torch.Tensor]:
@@ -57,7 +61,22 @@ class _TrimmingBridge(AutoBridge[Any]):
             return {name: weight[:vocab_size] for name, weight in weights.items()}
 
         bridge.maybe_modify_converted_hf_weight = trim
+        bridge.mapping_registry = lambda: _with_local_experts(registry())
         return bridge
+
+
+def _with_local_experts(registry: MegatronMappingRegistry) -> MegatronMappingRegistry:
+    """Adds to a model's parameter names those of local experts, where only grouped ones are there."""
+    mappings = registry.get_all_mappings()
+    names, missing = {mapping.megatron_param for mapping in mappings}, []
+    for mapping in mappings:
+        # Grouped experts are one module, weight0, weight1, ...; local ones a module each.
+        local = re.sub(r"\.experts\.(linear_fc[12])\.weight\*$", r".experts.local_experts.*.\1.weight", mapping.megatron_param)
+        if local not in names:
+            twin = copy.copy(mapping)
+            twin.megatron_param = local
+            missing.append(twin)
+    return MegatronMappingRegistry(*mappings, *missing)
 
 
 def make_provider(
@@ -111,9 +130,8 @@ def fit_to_rows(provider: GPTModelProvider, recipe: Recipe, *, here: bool, share
     # Rows differ in length, so pipeline stages must exchange shapes; Megatron-Core ties that to this dispatcher.
     provider.variable_seq_lengths = recipe.parallel_size("pipeline_model") > 1
     provider.moe_token_dispatcher_type = "alltoall"
-    if share_prefix:
-        _check_plain_layers(provider, "data.share_prefix on", "Set data.share_prefix to off.")
-        provider.transformer_layer_spec, provider.apply_rope_fusion = shared_prefix_layer_spec, False
+    if share_prefix and not (here and takes_local_layers()):  # which take such pairs as they are
+        use_shared_prefix_layers(provider)
     if here:
         fit_to_machine(provider)
     elif not HAVE_TE:
@@ -200,25 +218,6 @@ def _check_experts(provider: GPTModelProvider) -> None:
             )
 
 
-def _check_plain_layers(provider: GPTModelProvider, what: str, remedy: str) -> None:
-    """Checks that a model is built of Megatron-Core's plain decoder layers, which others can stand in for.
-
-    Raises:
-        ConfigError: If it has layers of its own.
-    """
-    spec = provider.transformer_layer_spec
-    function = getattr(spec, "func", spec)  # of a partial
-    ours = (packed_local_layer_spec, shared_prefix_layer_spec)  # of a checkpoint
-    if function not in (default_layer_spec, get_gpt_decoder_block_spec, *ours):
-        name = getattr(function, "__name__", type(function).__name__)
-        raise ConfigError(f"This model has layers of its own ({name}), for which {what} has no stand-in. {remedy}")
-
-
-def is_local(provider: GPTModelProvider) -> bool:
-    """Returns whether the model is built of Megatron-Core's local layers."""
-    return provider.transformer_layer_spec is packed_local_layer_spec
-
-
 def set_dtype(provider: GPTModelProvider, dtype: torch.dtype) -> None:
     """Sets the dtype of weights and of what pipeline stages exchange; ``mixed_precision`` overrides it later."""
     provider.params_dtype = provider.autocast_dtype = provider.pipeline_dtype = dtype
@@ -227,10 +226,9 @@ def set_dtype(provider: GPTModelProvider, dtype: torch.dtype) -> None:
 
 def fit_to_machine(provider: GPTModelProvider) -> None:
     """Takes Megatron-Core's local layers and no fused kernels where there is no Transformer Engine or no GPU."""
-    if HAVE_TE and torch.cuda.is_available():
+    if not takes_local_layers():
         return
-    _check_plain_layers(provider, "a machine without Transformer Engine", "Train it on a GPU with Transformer Engine.")
-    provider.transformer_layer_spec = packed_local_layer_spec
+    use_local_layers(provider)
     for fusion in (
         "apply_rope_fusion",
         "bias_activation_fusion",

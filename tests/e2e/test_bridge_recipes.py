@@ -55,6 +55,19 @@ CASES = {
         "Qwen/Qwen3-0.6B",
         {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
     ),
+    "olmoe": Case(  # a recipe that writes all sizes itself
+        "olmoe_7b_sft_8gpu_h100_bf16_config",
+        "allenai/OLMoE-1B-7B-0924",
+        {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2},
+        (
+            *("model.hidden_size=64", "model.num_layers=2", "model.vocab_size=49152", "model.kv_channels=16"),
+            *("model.num_attention_heads=4", "model.num_query_groups=2", "model.num_moe_experts=4"),
+            *("model.ffn_hidden_size=128", "model.moe_ffn_hidden_size=128", "model.moe_router_topk=2"),
+            "model.moe_aux_loss_coeff=0.0",  # no part of the loss that transformers is asked for
+            "model.expert_model_parallel_size=1",
+            "optimizer.use_precision_aware_optimizer=false",
+        ),
+    ),
     "gemma": Case(
         "gemma3_1b_sft_1gpu_h100_bf16_config",
         "google/gemma-3-1b-pt",
@@ -99,7 +112,7 @@ def run_example(tiny: TinyRecipe, case: Case, home: Path, data: Path, run_dir: P
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmoe"])
 def test_the_first_step_is_that_of_transformers(tiny: TinyRecipe, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     folder = put_in_hub_cache(case, tmp_path / "home")

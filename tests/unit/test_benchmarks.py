@@ -1,7 +1,10 @@
 """The benchmarks' own arithmetic; nothing here is timed against a bound."""
 
 import json
+import signal
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +182,18 @@ def test_trls_columns_of_a_pair() -> None:
     assert features["chosen_input_ids"] == [5, 6, 7] and features["chosen_labels"] == [-100, -100, 7]
     assert features["rejected_input_ids"] == [5, 6, 8, 9] and features["rejected_labels"] == [-100, -100, 8, 9]
     assert features["prompt_input_ids"] == [5, 6] and features["rejected_attention_mask"] == [1] * 4
+
+
+def ignores_sigterm(connection: Connection, workload: Any, settings: dict[str, Any]) -> None:
+    """A side, as ours are: SIGTERM asks them for a checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection.send("ready")
+    signal.pause()
+
+
+def test_a_side_that_ignores_sigterm_is_ended() -> None:
+    """Else a benchmark of which one side ran out of memory would wait for the others for ever."""
+    candidate = step_vs_trl.Candidate("", ignores_sigterm, {})
+    side = step_vs_trl.Side("stubborn", candidate, None)  # type: ignore[arg-type]
+    side.stop()
+    assert side.process.exitcode == -signal.SIGKILL
