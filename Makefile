@@ -42,6 +42,7 @@ test: lint types unit  ## style, types and tests
 lint: $(STAMP)  ## style
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/hadolint Dockerfile
 
 types: $(STAMP)  ## types
 	$(PY) -m mypy

@@ -81,14 +81,53 @@ def logged_to(path: Path) -> Iterator[None]:
             handler.setStream(stream)
 
 
+def _is_terminal(stream: TextIO) -> bool:
+    """Returns whether a progress bar can be seen; a terminal without a width, as some containers give, shows none."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+
+
+class ByteProgress:
+    """How much of a conversion is done: a bar in a terminal, a line every ten seconds elsewhere, on rank 0."""
+
+    def __init__(self, what: str, total: int, stream: TextIO | None = None) -> None:
+        """Starts at none of ``total`` bytes; ``what`` is a word such as ``Writing``."""
+        self.what, self.total, self.done = what, total, 0
+        self.stream = stream or cast(TextIO, sys.__stderr__)
+        self.last_line = time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            disable=rank() != 0 or not _is_terminal(self.stream),
+            file=self.stream,
+            desc=what,
+            unit_scale=True,
+            bar_format="{desc} {n_fmt}B of {total_fmt}B |{bar}| {remaining} left",
+        )
+
+    def __enter__(self) -> ByteProgress:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the bar as it stands."""
+        self.bar.close()
+
+    def add(self, num_bytes: int) -> None:
+        """Shows that so many more bytes are done."""
+        self.done += num_bytes
+        self.bar.update(num_bytes)
+        now = time.monotonic()
+        if self.bar.disable and now - self.last_line >= PLAIN_LINE_SECONDS and rank() == 0:
+            self.last_line = now
+            tqdm.write(f"{self.what} {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB", file=self.stream)
+
+
 class Progress:
     """Loss, margin, accuracy, speed and time left: a bar in a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, mode: str, first_step: int, num_steps: int, stream: TextIO | None = None) -> None:
         """Starts at ``first_step`` of ``num_steps``; ``mode`` is ``run.progress``."""
         self.stream = stream or cast(TextIO, sys.__stderr__)
-        # A terminal without a width, as some containers give, would show an empty bar.
-        is_terminal = self.stream.isatty() and os.get_terminal_size(self.stream.fileno()).columns > 0
+        is_terminal = _is_terminal(self.stream)
         self.quiet = mode == "none"
         self.plain = mode == "plain" or (mode == "auto" and not is_terminal)
         self.first_step, self.num_steps = first_step, num_steps

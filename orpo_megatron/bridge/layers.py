@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from orpo_megatron.config import ConfigError
-from orpo_megatron.core.attention import packed_local_layer_spec, shared_prefix_layer_spec
+from orpo_megatron.core.attention import check_local_layers, packed_local_layer_spec, shared_prefix_layer_spec
 
 LayerSpec = Callable[..., TransformerBlockSubmodules]
 
@@ -60,10 +60,16 @@ def use_local_layers(provider: GPTModelProvider) -> None:
     """Builds a model of Megatron-Core's local layers, which need no Transformer Engine.
 
     Raises:
-        ConfigError: If it has layers of its own that nothing can stand in for.
+        ConfigError: If it has layers of its own that nothing can stand in for, or settings that no local layer has.
     """
-    what = "a machine without Transformer Engine"
-    provider.transformer_layer_spec = _stand_in(provider, _LOCAL, what, "Train it on a GPU with Transformer Engine.")
+    what, remedy = "a machine without Transformer Engine", "Train it on a GPU with Transformer Engine."
+    if type(provider).provide is not GPTModelProvider.provide:
+        raise ConfigError(f"{type(provider).__name__} builds its model in its own way, which {what} cannot. {remedy}")
+    provider.transformer_layer_spec = _stand_in(provider, _LOCAL, what, remedy)
+    try:
+        check_local_layers(provider)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def use_shared_prefix_layers(provider: GPTModelProvider) -> None:

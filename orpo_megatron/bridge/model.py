@@ -15,7 +15,9 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from transformers import PretrainedConfig
 
 from orpo_megatron.bridge.apply import apply_settings
+from orpo_megatron.bridge.families import find_family
 from orpo_megatron.bridge.layers import is_local, takes_local_layers, use_local_layers, use_shared_prefix_layers
+from orpo_megatron.bridge.mapping import check_covered
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
@@ -31,28 +33,36 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
     """Returns the converter between Hugging Face and Megatron for the recipe's model.
 
     Raises:
-        ConfigError: If Megatron-Bridge does not know the architecture.
+        ConfigError: If Megatron-Bridge does not know the architecture, or it becomes a model that takes no ORPO head.
     """
-    if not AutoBridge.supports(hf_config):
-        name = ", ".join(hf_config.architectures or [hf_config.model_type])
-        known = ", ".join(AutoBridge.list_supported_models())
-        raise ConfigError(f"Megatron-Bridge has no bridge for {name}. It has these: {known}.")
-    return _CompletedBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
+    family = find_family(hf_config)
+    if not family.takes_head:
+        raise ConfigError(
+            f"{family.architecture} becomes Megatron's {family.target.__name__}, whose forward takes no ORPO head. "
+            "docs/models.md lists what can be trained."
+        )
+    return CompletedBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
 
 
-class _CompletedBridge(AutoBridge[Any]):
+class CompletedBridge(AutoBridge[Any]):
     """Bridge 0.6's converter with what it leaves out.
 
     It pads a vocabulary's weights on import and leaves the padding in on export, so that transformers would not load
     what was exported: this one cuts it off. Of some mixtures of experts it knows the grouped experts of Transformer
-    Engine only: this one knows local ones as well.
+    Engine only: this one knows local ones as well. Of a parameter that it cannot convert it only logs that: this one
+    raises a ConfigError.
     """
+
+    def knows(self, parameter: str) -> bool:
+        """Returns whether a parameter of the Megatron model has a Hugging Face tensor to come from."""
+        return self._model_bridge.mapping_registry().megatron_to_hf_lookup(parameter) is not None
 
     @property
     def _model_bridge(self) -> Any:
         bridge = super()._model_bridge  # a new one each time
         modify, registry = bridge.maybe_modify_converted_hf_weight, bridge.mapping_registry
-        vocab_size = getattr(self.hf_pretrained.config, "vocab_size", None)
+        list_tasks = bridge.build_conversion_tasks
+        vocab_size = getattr(getattr(self.hf_pretrained, "config", self.hf_pretrained), "vocab_size", None)
 
         def trim(task: Any, weights: dict[str, torch.Tensor], hf_state: Any) -> dict[str, torch.Tensor]:
             weights = modify(task, weights, hf_state)
@@ -60,7 +70,13 @@ class _CompletedBridge(AutoBridge[Any]):
                 return weights
             return {name: weight[:vocab_size] for name, weight in weights.items()}
 
+        def tasks_of_all(hf_pretrained: Any, chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> list[Any]:
+            tasks = list_tasks(hf_pretrained, chunks, *args, **kwargs)
+            check_covered(tasks, chunks)
+            return tasks
+
         bridge.maybe_modify_converted_hf_weight = trim
+        bridge.build_conversion_tasks = tasks_of_all
         bridge.mapping_registry = lambda: _with_local_experts(registry())
         return bridge
 
@@ -71,7 +87,9 @@ def _with_local_experts(registry: MegatronMappingRegistry) -> MegatronMappingReg
     names, missing = {mapping.megatron_param for mapping in mappings}, []
     for mapping in mappings:
         # Grouped experts are one module, weight0, weight1, ...; local ones a module each.
-        local = re.sub(r"\.experts\.(linear_fc[12])\.weight\*$", r".experts.local_experts.*.\1.weight", mapping.megatron_param)
+        local = re.sub(
+            r"\.experts\.(linear_fc[12])\.weight\*$", r".experts.local_experts.*.\1.weight", mapping.megatron_param
+        )
         if local not in names:
             twin = copy.copy(mapping)
             twin.megatron_param = local
@@ -153,19 +171,28 @@ def check_provider(provider: GPTModelProvider, recipe: Recipe, *, here: bool, sh
     """
     if provider.virtual_pipeline_model_parallel_size == 1:
         provider.virtual_pipeline_model_parallel_size = None  # else the schedule would be the interleaved one
-    _check_experts(provider)
+    check_exact(provider)
     if share_prefix and has_auxiliary_loss(provider):
         raise ConfigError(
             "data.share_prefix must be off for this model: its routers have a loss of their own, which would count a "
             "shared prompt once. Set it to off, or the coefficients (model.moe_aux_loss_coeff, moe_z_loss_coeff) to 0."
         )
+    if here:
+        _check_here(provider, recipe)
+
+
+def check_exact(provider: GPTModelProvider) -> None:
+    """Checks that a model, however it is split, has a loss that does not depend on the split.
+
+    Raises:
+        ConfigError: If it predicts several tokens, or balances experts in a way that depends on it.
+    """
+    _check_experts(provider)
     if getattr(provider, "mtp_num_layers", None):
         raise ConfigError(
             f"model.mtp_num_layers ({provider.mtp_num_layers}) must be null: this version does not train multi-token "
             "prediction."
         )
-    if here:
-        _check_here(provider, recipe)
 
 
 def _check_here(provider: GPTModelProvider, recipe: Recipe) -> None:

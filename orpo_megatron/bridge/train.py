@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from orpo_megatron.bridge.apply import check_kept
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
-from orpo_megatron.bridge.convert import write_artifacts
+from orpo_megatron.bridge.export import companions_of, write_model
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
@@ -169,5 +169,4 @@ def export(recipe: Recipe, bridge: Any, model: list[torch.nn.Module]) -> None:
     folder = partial_export(recipe.run_dir)
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        write_artifacts(recipe, bridge, folder)
-    bridge.save_hf_weights(model, folder, show_progress=False)
+    write_model(bridge, model, folder, companions_of(recipe) if rank() == 0 else None)

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from orpo_megatron.core.norm import LocalNorm
+from orpo_megatron.core.norm import LocalNorm, check_norm
 from orpo_megatron.core.row import RowParams
 from orpo_megatron.core.varlen import attend
 
@@ -32,11 +32,7 @@ class PackedAttention(MegatronModule):
         self.scale: float | None = kwargs.get("softmax_scale")
         self.window: int | None = config.window_size[0] + 1 if config.window_size else None
         self.cp_group = kwargs["pg_collection"].cp
-        if getattr(config, "softmax_type", "vanilla") != "vanilla":
-            raise ValueError(
-                f"Attention with softmax_type {config.softmax_type} needs Transformer Engine: PackedAttention has the "
-                "plain softmax only. Install Transformer Engine and train on a GPU, with data.share_prefix off."
-            )
+        check_softmax(config)
 
     def forward(
         self,
@@ -79,6 +75,34 @@ class PackedAttention(MegatronModule):
         return attend(query, key, value, packed_seq_params.spans, self.scale)
 
 
+def check_softmax(config: TransformerConfig) -> None:
+    """Checks that a model's attention has the softmax of ``PackedAttention``.
+
+    Raises:
+        ValueError: If it has another one.
+    """
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        raise ValueError(
+            f"Attention with softmax_type {config.softmax_type} needs Transformer Engine: PackedAttention has the "
+            "plain softmax only. Install Transformer Engine and train on a GPU, with data.share_prefix off."
+        )
+
+
+def check_local_layers(config: TransformerConfig) -> None:
+    """Checks that a model can be built of local layers.
+
+    Raises:
+        ValueError: If it has latent attention, or a softmax or norm that no local layer has.
+    """
+    if config.multi_latent_attention:
+        raise ValueError(
+            "Multi-latent attention needs Transformer Engine: no local layer has it for packed rows. Install "
+            "Transformer Engine and train on a GPU."
+        )
+    check_softmax(config)
+    check_norm(config)
+
+
 def packed_local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Returns Megatron-Core's local layers with attention within packed sequences and norms for sequence parallel.
 
@@ -89,13 +113,9 @@ def packed_local_layer_spec(config: TransformerConfig, vp_stage: int | None = No
         vp_stage: Virtual pipeline stage that the layers are for.
 
     Raises:
-        ValueError: If the model has latent attention.
+        ValueError: As ``check_local_layers``.
     """
-    if config.multi_latent_attention:
-        raise ValueError(
-            "Multi-latent attention needs Transformer Engine: no local layer has it for packed rows. Install "
-            "Transformer Engine and train on a GPU."
-        )
+    check_local_layers(config)
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )

@@ -33,13 +33,22 @@ class LocalNorm:
         Raises:
             ValueError: If the norm is another one, or its weight is stored minus 1.
         """
-        if config.normalization not in _KINDS or config.layernorm_zero_centered_gamma:
-            raise ValueError(
-                f"The model's norm ({config.normalization}, layernorm_zero_centered_gamma "
-                f"{config.layernorm_zero_centered_gamma}) needs Transformer Engine: without it there are only "
-                f"{' and '.join(_KINDS)} with plain weights. Install Transformer Engine and train on a GPU."
-            )
+        check_norm(config)
         norm: torch.nn.Module = _KINDS[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+def check_norm(config: TransformerConfig) -> None:
+    """Checks that a model's norms are ones that ``LocalNorm`` can be.
+
+    Raises:
+        ValueError: If they are others, or their weights are stored minus 1.
+    """
+    if config.normalization not in _KINDS or config.layernorm_zero_centered_gamma:
+        raise ValueError(
+            f"The model's norm ({config.normalization}, layernorm_zero_centered_gamma "
+            f"{config.layernorm_zero_centered_gamma}) needs Transformer Engine: without it there are only "
+            f"{' and '.join(_KINDS)} with plain weights. Install Transformer Engine and train on a GPU."
+        )

@@ -105,7 +105,7 @@ def test_padding_of_the_vocabulary_is_not_exported(tiny: TinyRecipe, held_out: P
 
 def test_adapters_are_merged_into_the_export(tiny: TinyRecipe, tmp_path: Path) -> None:
     """LoRA: only adapters are trained, and the exported folder holds the base model with them in it."""
-    run_dir = tmp_path / "lora"
+    run_dir, folder = tmp_path / "lora", tmp_path / "converted"
     tiny.train(run_dir, "peft.dim=4", "optimizer.lr=1e-2", "train.train_iters=3", "validation.eval_interval=3")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32).eval()
     start = model_source(load_recipe(str(run_dir / "recipe.yaml")))
@@ -121,3 +121,8 @@ def test_adapters_are_merged_into_the_export(tiny: TinyRecipe, tmp_path: Path) -
     inside = read_metrics(run_dir)[-1]
     assert inside["eval_logps/chosen"] == pytest.approx(sum(pair.chosen for pair in pairs) / len(pairs), abs=BOUND)
     assert inside["eval_logps/rejected"] == pytest.approx(sum(pair.rejected for pair in pairs) / len(pairs), abs=BOUND)
+
+    # The same from the checkpoint, which holds the adapters alone.
+    tiny.command("tools/convert.py", "export", str(run_dir), str(folder), "--cache-dir", str(tiny.cache_dir)).succeed()
+    converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert [name for name, weight in model.state_dict().items() if not torch.equal(weight, converted[name])] == []

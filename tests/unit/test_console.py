@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from orpo_megatron import console
-from orpo_megatron.console import Progress, logged_to, rank, report_error, say
+from orpo_megatron.console import ByteProgress, Progress, logged_to, rank, report_error, say
 
 FIGURES = {"loss": 1.23456, "logps/margins": -0.25, "rewards/accuracies": 0.5, "tokens": 6000, "seconds": 2.0}
 IN_WORDS = "loss 1.235  margin -0.250  accuracy 0.50  3,000 tok/s"
@@ -47,6 +47,16 @@ def test_plain_lines_come_at_the_first_and_last_step_and_every_ten_seconds(monke
     # Seconds 3, then 15 (12 later), 27, 39, and the last step at 42.
     assert steps == [1, 5, 9, 13, 14]
     assert stream.getvalue().splitlines()[-1].endswith("00:00 left")
+
+
+def test_bytes_are_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = io.StringIO(), iter(range(0, 25, 3))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with ByteProgress("Writing", 8 * 10**9, stream) as progress:
+        for _ in range(8):
+            progress.add(10**9)
+    # Seconds 3, 6, 9, 12, 15, 18, 21, 24: lines at 12 and 24.
+    assert stream.getvalue() == "Writing 4.0 of 8.0 GB\nWriting 8.0 of 8.0 GB\n"
 
 
 def test_an_evaluation_is_one_line() -> None:

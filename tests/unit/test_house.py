@@ -96,7 +96,10 @@ def test_every_rule_is_of_a_module_that_is_there_or_to_come() -> None:
     assert {rule for rule in RULES if rule not in names} <= {"orpo_megatron.nemo"}
 
 
-@pytest.mark.parametrize("name", ["settings", "recipe", "prepare", "prefix", "rundir", "kept", "parity"])
+@pytest.mark.parametrize(
+    "name",
+    ["settings", "recipe", "prepare", "prefix", "rundir", "kept", "parity", "weights", "place", "checkpoint"],
+)
 def test_what_checks_a_recipe_imports_no_megatron(name: str) -> None:
     walls = ("megatron", *ours("core", "cpu", *(f"bridge.{n}" for n in ("container", "model", "train", "callbacks"))))
     assert crossings(PACKAGE / "bridge" / f"{name}.py", walls) == []
