@@ -9,14 +9,15 @@ import torch
 import yaml
 from megatron.bridge.training.checkpointing import (
     _generate_model_state_dict,
-    _load_model_weights_from_checkpoint,
     apply_peft_adapter_filter_to_state_dict,
 )
-from megatron.bridge.training.model_load_save import build_and_load_model, load_model_config
+from megatron.bridge.training.model_load_save import load_model_config
 from megatron.bridge.utils.instantiate_utils import instantiate
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.utils import unwrap_model
 
-from orpo_megatron.bridge.checkpoint import RUN_CONFIG, base_of, checkpoint_folder, is_hugging_face
+from orpo_megatron.bridge.checkpoint import RUN_CONFIG, base_of, checkpoint_folder, is_hugging_face, stored_dtype
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, set_dtype
 
 
@@ -32,16 +33,20 @@ def load_checkpoint_model(folder: Path, dtype: torch.dtype | None = None) -> lis
     Returns:
         The model as one chunk.
     """
-    provider, megatron_args = load_model_config(str(folder))
+    provider, _ = load_model_config(str(folder))
     _unsplit(provider)
-    if dtype is not None:
-        set_dtype(provider, dtype)
+    set_dtype(provider, dtype or stored_dtype(folder))
     fit_to_machine(provider)
-    base, on_cpu = base_of(folder), not torch.cuda.is_available()
+    base, adapters = base_of(folder), None
     if base is not None:
-        return _load_adapters(provider, folder, Path(base), on_cpu)
-    model = build_and_load_model(str(folder), provider, None, megatron_args, use_cpu_init=on_cpu)
-    return model if isinstance(model, list) else [model]
+        adapters = instantiate(yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))["peft"])
+        provider.register_pre_wrap_hook(lambda chunks: adapters(_load_base(chunks, Path(base)), training=False))
+    provider.finalize()
+    chunks = provider.provide_distributed_model(
+        wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available()
+    )
+    _load_weights(chunks, folder, adapters)
+    return chunks
 
 
 def _unsplit(provider: Any) -> None:
@@ -56,20 +61,31 @@ def _unsplit(provider: Any) -> None:
     provider.variable_seq_lengths = False
 
 
-def _load_adapters(provider: Any, folder: Path, base: Path, on_cpu: bool) -> list[torch.nn.Module]:
-    """Builds the model that adapters belong to, and loads both."""
-    adapters = instantiate(yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))["peft"])
-
-    def load_base(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        if is_hugging_face(base):
-            CompletedBridge.from_hf_pretrained(base, trust_remote_code=False).load_hf_weights(chunks)
-        else:
-            _load_model_weights_from_checkpoint(str(checkpoint_folder(base)), chunks)
-        return adapters(chunks, training=False)
-
-    provider.register_pre_wrap_hook(load_base)
-    provider.finalize()
-    chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
-    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(chunks, {}), adapters)
-    chunks[0].load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"], strict=False)
+def _load_base(chunks: list[torch.nn.Module], base: Path) -> list[torch.nn.Module]:
+    """Loads the model that adapters belong to."""
+    if is_hugging_face(base):
+        CompletedBridge.from_hf_pretrained(base, trust_remote_code=False).load_hf_weights(chunks)
+    else:
+        _load_weights(chunks, checkpoint_folder(base))
     return chunks
+
+
+def _load_weights(chunks: list[torch.nn.Module], folder: Path, adapters: Any = None) -> None:
+    """Loads weights straight into a model's parameters.
+
+    Megatron-Core reads what it stores in parts, such as gated MLPs, into views of a parameter, and would then join
+    them in a copy, half a model in all. With the parts already laid out there is nothing to join.
+
+    Args:
+        chunks: The model.
+        folder: The checkpoint.
+        adapters: What to load alone, or None for everything.
+    """
+    (model,) = unwrap_model(chunks)
+    metadata = dist_checkpointing.load_content_metadata(str(folder))
+    wanted = _generate_model_state_dict([model], {"metadata": metadata})
+    if adapters is not None:
+        wanted = apply_peft_adapter_filter_to_state_dict(wanted, adapters)
+    weights = {"model": {name: shard for name, shard in wanted["model"].items() if "_extra_state" not in name}}
+    apply_factories(weights)
+    dist_checkpointing.load(weights, str(folder))
