@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--load", help="checkpoint to start from, as tools/convert.py import writes it: its iter_* folder")
+    parser.add_argument(
+        "--load", help="checkpoint to start from, as tools/convert.py import writes it: its iter_* folder"
+    )
     parser.add_argument("--cache-dir", default="runs/cache")
     args = parser.parse_args()
 

@@ -71,7 +71,9 @@ def _with_local_experts(registry: MegatronMappingRegistry) -> MegatronMappingReg
     names, missing = {mapping.megatron_param for mapping in mappings}, []
     for mapping in mappings:
         # Grouped experts are one module, weight0, weight1, ...; local ones a module each.
-        local = re.sub(r"\.experts\.(linear_fc[12])\.weight\*$", r".experts.local_experts.*.\1.weight", mapping.megatron_param)
+        local = re.sub(
+            r"\.experts\.(linear_fc[12])\.weight\*$", r".experts.local_experts.*.\1.weight", mapping.megatron_param
+        )
         if local not in names:
             twin = copy.copy(mapping)
             twin.megatron_param = local

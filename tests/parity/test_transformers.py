@@ -31,6 +31,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False}
     | EXPERTS
     | {"norm_topk_prob": True},
+    "olmoe": {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "eos_token_id": 2,
+        "num_key_value_heads": 4,
+    }
+    | {"pad_token_id": None, "num_experts": 4, "num_experts_per_tok": 2},
 }
 LENGTHS = ((5, 9, 4), (1, 1, 12), (17, 3, 8))  # prompt, chosen, rejected
 
@@ -106,7 +113,7 @@ def test_loss_and_every_gradient(process_group: None, tmp_path: Path, name: str,
 
     torch.manual_seed(1)
     values = dict(MODELS[name])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **SIZES, **values))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **SIZES | values))
     model.save_pretrained(tmp_path / "weights")
     pairs = draw_pairs()
     loss = plain_loss(model, pairs, scope)
