@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False}
     | EXPERTS
     | {"norm_topk_prob": True},
+    "mixtral": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
 }
 LENGTHS = ((5, 9, 4), (1, 1, 12), (17, 3, 8))  # prompt, chosen, rejected
 
