@@ -58,7 +58,7 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
         raise ConfigError("This is one of several Slurm tasks without WORLD_SIZE. Have each node start torchrun.")
     if not dry_run:
         _make_folder(run_dir, "run.dir")
-    hf_config = prepare.load_hf_config(recipe)
+    hf_config = prepare.load_hf_config(recipe, dry_run=dry_run)
     prepare.check_pretrained(recipe, hf_config)
     prepared, step = rundir.plan_run(recipe, hf_config, world_size, run_dir / rundir.CHECKPOINTS)
     if dry_run:

@@ -14,6 +14,7 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from transformers import PretrainedConfig
 
+import orpo_megatron.bridge.mixtral  # noqa: F401  registers it with AutoBridge
 from orpo_megatron.bridge.apply import apply_settings
 from orpo_megatron.bridge.layers import is_local, takes_local_layers, use_local_layers, use_shared_prefix_layers
 from orpo_megatron.bridge.prepare import model_source
@@ -27,8 +28,13 @@ register_allowed_target_prefix("orpo_megatron")
 _VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
+def make_bridge(recipe: Recipe, hf_config: PretrainedConfig, *, weights: bool = True) -> AutoBridge[Any]:
     """Returns the converter between Hugging Face and Megatron for the recipe's model.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        weights: Whether it has to convert weights; without, nothing is asked of the hub.
 
     Raises:
         ConfigError: If Megatron-Bridge does not know the architecture.
@@ -37,6 +43,8 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
         name = ", ".join(hf_config.architectures or [hf_config.model_type])
         known = ", ".join(AutoBridge.list_supported_models())
         raise ConfigError(f"Megatron-Bridge has no bridge for {name}. It has these: {known}.")
+    if not weights:
+        return _CompletedBridge.from_hf_config(hf_config)
     return _CompletedBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
 
 
@@ -52,7 +60,7 @@ class _CompletedBridge(AutoBridge[Any]):
     def _model_bridge(self) -> Any:
         bridge = super()._model_bridge  # a new one each time
         modify, registry = bridge.maybe_modify_converted_hf_weight, bridge.mapping_registry
-        vocab_size = getattr(self.hf_pretrained.config, "vocab_size", None)
+        vocab_size = getattr(getattr(self.hf_pretrained, "config", self.hf_pretrained), "vocab_size", None)
 
         def trim(task: Any, weights: dict[str, torch.Tensor], hf_state: Any) -> dict[str, torch.Tensor]:
             weights = modify(task, weights, hf_state)

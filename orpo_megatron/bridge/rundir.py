@@ -68,6 +68,8 @@ def trajectory(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
     values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in _FREE_TRAIN}
     values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}
+    if recipe.hf is not None:
+        values["model"].pop("config", None)  # model.hf says it too
     values = {
         name: {k: v for k, v in section.items() if f"{name}.{k}" not in LAYOUT_SETTINGS}
         if isinstance(section, dict)

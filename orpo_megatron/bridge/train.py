@@ -49,12 +49,15 @@ def build(
     Raises:
         ConfigError: If Bridge does not know the model, or a setting does not fit.
     """
-    bridge = make_bridge(recipe, hf_config)
+    bridge = make_bridge(recipe, hf_config, weights=here)
     frozen_base = bool(recipe.sections.get("peft"))  # Bridge loads it where it puts in the adapters
     plan, load_weights = prepared.plan, load_weights and not frozen_base
     provider = make_provider(recipe, bridge, load_weights=load_weights, here=here, share_prefix=plan.share_prefix)
     dataset = make_dataset(recipe, prepared, fill_empty_rows=has_auxiliary_loss(provider))
-    return bridge, make_container(recipe, provider, dataset, num_steps=plan.num_steps, eval_plan=prepared.eval_plan)
+    container = make_container(
+        recipe, provider, dataset, num_steps=plan.num_steps, eval_plan=prepared.eval_plan, here=here
+    )
+    return bridge, container
 
 
 def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, here: bool) -> str:
@@ -67,7 +70,11 @@ def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *,
         ConfigError: Also for what Bridge finds.
     """
     _, container = build(recipe, hf_config, prepared, load_weights=False, here=here)
+    base = container.checkpoint.pretrained_checkpoint
+    if base and not os.path.exists(base):  # a hub id, in a dry run: Bridge asks for a path that is there
+        container.checkpoint.pretrained_checkpoint = os.curdir
     finalise(container, recipe)
+    container.checkpoint.pretrained_checkpoint = base
     with safe_yaml_representers():
         return yaml.safe_dump(container.to_dict())
 

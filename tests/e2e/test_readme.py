@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from transformers import MistralConfig, MistralForCausalLM
 
 from launch import REPO, TinyRecipe
 from readme import arguments, readme_commands, the
@@ -97,20 +96,10 @@ def test_dry_runs(tiny: TinyRecipe, tmp_path: Path) -> None:
     assert not run_dir.exists()
 
 
-def test_mistral_recipe(tiny: TinyRecipe, tmp_path: Path) -> None:
-    """The recipe for GPUs, dry, on eight simulated ranks, with a small model of its kind and data that is here."""
-    MistralForCausalLM(
-        MistralConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=49152,
-        )  # fmt: skip
-    ).save_pretrained(tmp_path / "mistral")
+def test_mistral_recipe(tiny: TinyRecipe, small_tokenizer: Path) -> None:
+    """The recipe for GPUs, dry, on eight simulated ranks, with data that is here."""
     command = the("mistral_7b").replace("torchrun --nproc-per-node 8", "python")
-    here = [f"model.hf={tmp_path / 'mistral'}", f"data.train={tiny.train_file}", f"data.tokenizer={TOKENIZER}"]
+    here = [f"data.train={tiny.train_file}", f"data.tokenizer={small_tokenizer}"]
     output = tiny.command(
         *arguments(command, f"run.cache_dir={tiny.cache_dir}", *here, "--dry-run"), WORLD_SIZE="8"
     ).succeed()

@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     }
     | {"pad_token_id": None, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
 }
 LENGTHS = ((5, 9, 4), (1, 1, 12), (17, 3, 8))  # prompt, chosen, rejected
 
