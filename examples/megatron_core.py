@@ -56,7 +56,7 @@ def make_model(tensor_parallel: int, vocab_size: int, load: str | None) -> Distr
         share_embeddings_and_output_weights=True,
     )  # fmt: skip
     if load:
-        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), load))
+        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, load)["model"])
     if on_gpu:
         model = Float16Module(config, model)
     return DistributedDataParallel(config, DistributedDataParallelConfig(), model.to(torch.cuda.current_device()))
