@@ -145,6 +145,8 @@ def test_two_processes_hear_the_same_of_every_part(tmp_path: Path) -> None:
         attempt(lambda: peers.settle("d", lambda: 1 // (1 - rank)))
         attempt(lambda: peers.check_shared(Path("run"), "run.dir"))
         attempt(lambda: peers.check_shared(Path("/tmp"), "run.cache_dir"))
+        import torch.distributed as dist  # whose process group meets at the same place, on rank 0
+        attempt(lambda: dist.init_process_group("gloo") or dist.get_world_size())
         peers.timeout = 1.0
         attempt(lambda: rank or peers.settle("plan", lambda: None))
     """
@@ -163,8 +165,8 @@ def test_two_processes_hear_the_same_of_every_part(tmp_path: Path) -> None:
         "ConfigError: Rank 1 of 2 did not finish the plan within 1 s of rank 0. See what these processes say "
         "themselves. Where they were only slow, raise dist.distributed_timeout_minutes."
     )
-    assert first == ["0", *both, f"ConfigError: On rank 1 ({here}): {defect}", unshared, "None", late]
-    assert second == ["1", *both, defect, unshared, "None", "1"]
+    assert first == ["0", *both, f"ConfigError: On rank 1 ({here}): {defect}", unshared, "None", "2", late]
+    assert second == ["1", *both, defect, unshared, "None", "2", "1"]
     assert [list((folder / "run").iterdir()) for folder in folders] == [[], []] and len(list(tmp_path.iterdir())) == 2
 
 
