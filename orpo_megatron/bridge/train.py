@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import textwrap
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
 
+from orpo_megatron.agreement import is_lost_peer
 from orpo_megatron.bridge.apply import check_kept
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
@@ -24,7 +26,7 @@ from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import CHECKPOINTS, latest_step, partial_export
-from orpo_megatron.config import ConfigError
+from orpo_megatron.config import ConfigError, PeerError
 from orpo_megatron.console import rank
 from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.step import make_forward_step
@@ -139,6 +141,11 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         # torchrun terminates the other ranks once the first has ended; all are ending by themselves, and alike.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise PeerError(lost_peer_message(recipe, prepared, error)) from error
     except SystemExit as error:
         # Status 0 is how Bridge leaves its loop after a signal, its checkpoint saved; it also ends this way when
         # it cannot go on, and has then only logged why.
@@ -149,6 +156,17 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
     finally:
         monitor.close()
     return monitor.finished
+
+
+def lost_peer_message(recipe: Recipe, prepared: Prepared, error: Exception) -> str:
+    """Returns what happened, and how to go on, when ``error`` says that another process is gone."""
+    step = latest_step(recipe.run_dir / CHECKPOINTS)
+    kept = f"goes on from step {step} ({recipe.run_dir / CHECKPOINTS})" if step else "starts anew (no checkpoint yet)"
+    return (
+        f"Rank {rank()} lost contact with another process: {textwrap.shorten(str(error), 200)} It ended, and says "
+        f"why itself, or its node or the network failed. The same command {kept}, also on fewer nodes, as long as "
+        f"their data-parallel size divides {prepared.plan.rows_per_step} (rows a step)."
+    )
 
 
 def make_dataset(recipe: Recipe, prepared: Prepared, fill_empty_rows: bool) -> PreferenceData:
