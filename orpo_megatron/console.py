@@ -15,8 +15,8 @@ from typing import TextIO, cast
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
-#: How long other ranks let rank 0 speak first.
-GRACE_SECONDS = 10.0
+#: How long other ranks of its node let the rank that speaks be heard, and how long those of other nodes do.
+GRACE_SECONDS, OTHER_NODE_SECONDS = 10.0, 2.0
 
 
 def rank() -> int:
@@ -27,19 +27,35 @@ def rank() -> int:
 def say(message: str) -> None:
     """Prints a message on rank 0, above the progress bar if there is one."""
     if rank() == 0:
-        tqdm.write(message, file=sys.__stderr__)
-        sys.__stderr__.flush()  # type: ignore[union-attr]
+        _write(message)
 
 
-def report_error(message: str) -> None:
+def _write(message: str) -> None:
+    """Prints a message on the terminal, wherever output goes now."""
+    tqdm.write(message, file=sys.__stderr__)
+    sys.__stderr__.flush()  # type: ignore[union-attr]
+
+
+def report_error(message: str, each_node: bool = False) -> None:
     """Says an error that every rank may have found: rank 0 to the user, each rank to torchrun.
 
-    torchrun ends all processes as soon as one of them ends, so the other ranks wait for rank 0, which may have
-    found the same, to be heard.
+    torchrun ends all processes of a node as soon as one of them ends, so the other ranks wait for the one that speaks,
+    which may have found the same, to be heard. The first node, where torchruns usually meet, leaves last: a torchrun
+    that finds that place gone shows a page about it.
+
+    Args:
+        message: The error.
+        each_node: Whether the first rank of each node says it, because rank 0 may be gone.
     """
-    say(f"error: {message}")
+    speaks = rank() == 0 or (each_node and os.environ.get("LOCAL_RANK", "0") == "0")
+    several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    on_first_node = os.environ.get("GROUP_RANK", "0") == "0"
+    if speaks:
+        _write(f"error: {message}")
     _tell_torchrun(message)
-    if rank() != 0:
+    if several_nodes and not on_first_node:
+        time.sleep(OTHER_NODE_SECONDS)
+    elif several_nodes or not speaks:
         time.sleep(GRACE_SECONDS)
 
 

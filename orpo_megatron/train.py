@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 from orpo_megatron import __version__
+from orpo_megatron.agreement import Peers
+from orpo_megatron.bridge.common import file_facts, plan_facts, start_facts
 from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
-from orpo_megatron.config import ConfigError
+from orpo_megatron.config import ConfigError, PeerError
 from orpo_megatron.console import logged_to, rank, report_error, say
 from orpo_megatron.machine import use_machine
 
@@ -42,27 +44,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_intermixed_args(argv)
     try:
-        return _run(load_recipe(args.recipe, args.overrides), args.dry_run)
+        peers = Peers.join()
+        recipe = peers.settle("reading of the recipe", lambda: load_recipe(args.recipe, args.overrides), start_facts)
+        return _run(recipe, args.dry_run, peers)
     except ConfigError as error:
-        report_error(str(error))
+        report_error(str(error), each_node=isinstance(error, PeerError))
         return EXIT_ERROR
 
 
-def _run(recipe: Recipe, dry_run: bool) -> int:
+def _run(recipe: Recipe, dry_run: bool, peers: Peers) -> int:
     """Prepares, then prints or trains."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from orpo_megatron.bridge import prepare, rundir  # transformers takes seconds to import
-
     world_size, run_dir = int(os.environ.get("WORLD_SIZE", "1")), recipe.run_dir
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         raise ConfigError("This is one of several Slurm tasks without WORLD_SIZE. Have each node start torchrun.")
     if not dry_run:
-        _make_folder(run_dir, "run.dir")
-    hf_config = prepare.load_hf_config(recipe)
-    prepare.check_pretrained(recipe, hf_config)
-    prepared, step = rundir.plan_run(recipe, hf_config, world_size, run_dir / rundir.CHECKPOINTS)
+        peers.settle("making of run.dir", lambda: _make_folder(run_dir, "run.dir"))
+        peers.check_shared(run_dir, "run.dir")
+    peers.timeout = 60.0 * recipe.setting("dist.distributed_timeout_minutes", 10)
+    peers.settle("reading of the data files", lambda: recipe, file_facts)
+    hf_config, prepared, step = peers.settle(
+        "tokenising and planning", lambda: _prepare(recipe, world_size, dry_run), lambda found: plan_facts(*found)
+    )
     if dry_run:
         return _dry_run(recipe, hf_config, prepared)
+    if world_size > 1 and "RANK" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE is {world_size} but RANK is not set. Have each node start torchrun.")
+    from orpo_megatron.bridge import rundir
+
     steps = prepared.plan.num_steps
     if step >= steps:
         return _finish(recipe, hf_config, steps, trained_now=False)
@@ -77,6 +86,15 @@ def _run(recipe: Recipe, dry_run: bool) -> int:
         )
         return EXIT_STOPPED
     return _finish(recipe, hf_config, steps, trained_now=True)
+
+
+def _prepare(recipe: Recipe, world_size: int, dry_run: bool) -> tuple[PretrainedConfig, Prepared, int]:
+    """Reads model and data and plans; returns the model's configuration, the plans and the step to go on from."""
+    from orpo_megatron.bridge import prepare, rundir  # transformers takes seconds to import
+
+    hf_config = prepare.load_hf_config(recipe, dry_run=dry_run)
+    prepare.check_pretrained(recipe, hf_config)
+    return hf_config, *rundir.plan_run(recipe, hf_config, world_size, recipe.run_dir / rundir.CHECKPOINTS)
 
 
 def _make_folder(folder: Path, setting: str) -> None:

@@ -57,6 +57,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRecipe:
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 1,000 tokens with a chat template, which every model's vocabulary has room for."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, end = Tokenizer(models.BPE()), "</s>"
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train([str(tiny.train_file)], trainers.BpeTrainer(vocab_size=1000, special_tokens=[end]))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, chat_template=template
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reference_run(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole recipe on one process, straight through and exported; not to be changed."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class Outcome:
 class Command:
     """A running command in a session of its own, as a terminal or a scheduler would start it."""
 
-    def __init__(self, arguments: list[str], log: Path, **variables: str) -> None:
-        """Starts ``python arguments`` in the repository, offline, on the CPU, one thread a process."""
+    def __init__(self, arguments: list[str], log: Path, prefix: Sequence[str] = (), **variables: str) -> None:
+        """Starts ``prefix python arguments`` in the repository, offline, on the CPU, one thread a process."""
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
             "CUDA_VISIBLE_DEVICES": "",
@@ -52,7 +53,7 @@ class Command:
         self.log = log
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [*prefix, sys.executable, *arguments],
                 cwd=REPO,
                 env=environment,
                 stdout=file,
@@ -152,9 +153,9 @@ class TinyRecipe:
         """Trains to the end; returns what was printed."""
         return self.start(run_dir, *overrides, processes=processes).succeed()
 
-    def command(self, *arguments: str, **variables: str) -> Command:
-        """Starts ``python arguments`` with environment ``variables``, its output in a new file."""
-        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt", **variables)
+    def command(self, *arguments: str, prefix: Sequence[str] = (), **variables: str) -> Command:
+        """Starts ``prefix python arguments`` with environment ``variables``, its output in a new file."""
+        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt", prefix, **variables)
 
 
 def hub_folder(hub_id: str, home: Path) -> Path:

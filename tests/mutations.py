@@ -114,6 +114,27 @@ MUTATIONS = (
         "row.num_response_tokens[:sequences]).bfloat16().float()",
         ("tests/unit/test_segments.py",),
     ),
+    Mutation(
+        "a recipe's bases win over the recipe",
+        "orpo_megatron/bridge/compose.py",
+        "OmegaConf.merge(*bases, own)",
+        "OmegaConf.merge(own, *bases)",
+        ("tests/unit/bridge/test_compose.py",),
+    ),
+    Mutation(
+        "a model's declared architecture is not held against its weights",
+        "orpo_megatron/bridge/prepare.py",
+        "ours != theirs.get(name)",
+        "ours != theirs.get(name, ours) and ours is None",
+        ("tests/unit/bridge/test_prepare.py",),
+    ),
+    Mutation(
+        "Mixtral's gates and up-projections are exchanged",
+        "orpo_megatron/bridge/mixtral.py",
+        'gate=f"{_HF_EXPERT}.w1.weight", up=f"{_HF_EXPERT}.w3.weight"',
+        'gate=f"{_HF_EXPERT}.w3.weight", up=f"{_HF_EXPERT}.w1.weight"',
+        ("tests/parity/test_mixtral.py",),
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from orpo_megatron.data.dataset import PairTokens
 
 @dataclass
 class Figures:
-    """One pair's log-probs, fp64, in nats; ``nll`` is summed over the chosen sequence's predicted tokens.
+    """One pair's log-probs, fp64, in nats; ``nll`` is summed over the chosen sequence's tokens that count.
 
     The log odds ratio is of chosen over rejected, as defined: log p / (1 - p) of each length-averaged probability.
     """
@@ -32,8 +32,8 @@ class Figures:
         )
 
 
-def score(model: torch.nn.Module, pair: PairTokens) -> Figures:
-    """Scores a pair."""
+def score(model: torch.nn.Module, pair: PairTokens, scope: str = "prompt_and_response") -> Figures:
+    """Scores a pair; the NLL covers ``scope`` of the chosen sequence."""
 
     def logps(response: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(np.concatenate((pair.prompt, response)).astype(np.int64))
@@ -42,18 +42,21 @@ def score(model: torch.nn.Module, pair: PairTokens) -> Figures:
 
     chosen_logps, rejected_logps = logps(pair.chosen), logps(pair.rejected)
     chosen, rejected = chosen_logps[-len(pair.chosen) :].mean(), rejected_logps[-len(pair.rejected) :].mean()
+    counted = chosen_logps if scope == "prompt_and_response" else chosen_logps[-len(pair.chosen) :]
     odds = [p / (1 - p) for p in (chosen.exp(), rejected.exp())]
     return Figures(
         chosen=chosen,
         rejected=rejected,
         log_odds_ratio=torch.log(odds[0] / odds[1]),
-        nll=-chosen_logps.sum(),
-        nll_tokens=len(chosen_logps),
+        nll=-counted.sum(),
+        nll_tokens=len(counted),
     )
 
 
-def batch_loss(model: torch.nn.Module, pairs: Sequence[PairTokens], beta: float) -> torch.Tensor:
-    """Returns the loss of a global batch: NLL over prompt and chosen response a token, odds-ratio term a pair."""
-    figures = [score(model, pair) for pair in pairs]
+def batch_loss(
+    model: torch.nn.Module, pairs: Sequence[PairTokens], beta: float, scope: str = "prompt_and_response"
+) -> torch.Tensor:
+    """Returns the loss of a global batch: NLL per token, odds-ratio term per pair."""
+    figures = [score(model, pair, scope) for pair in pairs]
     nll = torch.stack([f.nll for f in figures]).sum() / sum(f.nll_tokens for f in figures)
     return nll - beta * logsigmoid(torch.stack([f.log_odds_ratio for f in figures])).mean()

@@ -77,7 +77,7 @@ def orpo(
     Raises:
         ConfigError: If something does not fit, or cannot be exact.
     """
-    changes = _set_right(config)
+    changes = _set_right(config) + _fit_to_machine(config)
     recipe = _read(config, data, hf, run, num_epochs, objective)
     hf_config = load_hf_config(recipe)
     _check_same_model(config, recipe, hf_config)
@@ -194,6 +194,20 @@ def _set_right(config: ConfigContainer) -> list[str]:
     return changes
 
 
+def _fit_to_machine(config: ConfigContainer) -> list[str]:
+    """Has a configuration run on the CPU where there is no GPU; returns what was changed, in words."""
+    if torch.cuda.is_available():
+        return []
+    config.dist.distributed_backend = "gloo"
+    optimizer = config.optimizer
+    if not optimizer.use_precision_aware_optimizer:
+        return []
+    optimizer.use_precision_aware_optimizer = False
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        setattr(optimizer, name, torch.float32)
+    return ["orpo() turned optimizer.use_precision_aware_optimizer off: it needs Transformer Engine and a GPU."]
+
+
 def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> None:
     """Has a configuration train on the rows of the plan."""
     plan, eval_plan, model = prepared.plan, prepared.eval_plan, config.model
@@ -210,8 +224,6 @@ def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> N
     config.validation.eval_iters = eval_plan.num_steps if eval_plan else 0
     config.validation.eval_global_batch_size = eval_plan.rows_per_step if eval_plan else plan.rows_per_step
     config.validation.eval_micro_batch_size = 1
-    if not torch.cuda.is_available():
-        config.dist.distributed_backend = "gloo"
 
 
 def _start_from(config: ConfigContainer, recipe: Recipe, hf_config: PretrainedConfig) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.apply import apply_settings, build_settings
-from orpo_megatron.bridge.prepare import model_source
+from orpo_megatron.bridge.prepare import local_model
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import CHECKPOINTS
 from orpo_megatron.config import ConfigError, nearest
@@ -96,7 +96,13 @@ class PreferenceData(DatasetProvider):
 
 
 def make_container(
-    recipe: Recipe, provider: GPTModelProvider, dataset: PreferenceData, *, num_steps: int, eval_plan: Any
+    recipe: Recipe,
+    provider: GPTModelProvider,
+    dataset: PreferenceData,
+    *,
+    num_steps: int,
+    eval_plan: Any,
+    here: bool = True,
 ) -> ConfigContainer:
     """Builds Bridge's configuration for a recipe.
 
@@ -106,6 +112,7 @@ def make_container(
         dataset: The packed rows.
         num_steps: Optimizer steps.
         eval_plan: Plan of an evaluation, or None.
+        here: Whether it shall run on this machine: adapters then need the folder of their frozen base model.
 
     Returns:
         The container; Bridge finalises and validates it when the run starts.
@@ -116,6 +123,9 @@ def make_container(
     given = {name: section for name, section in recipe.sections.items() if section}
     classes = _SECTIONS | {name: cls for name, cls in _OPTIONAL_SECTIONS.items() if name in given}
     defaults = _defaults(recipe, dataset, num_steps, eval_plan)
+    if recipe.sections.get("peft"):
+        # LoRA loads its frozen base model by itself, before the adapters are put in.
+        defaults["checkpoint"]["pretrained_checkpoint"] = local_model(recipe) if here else recipe.hf or "model.config"
 
     def build(name: str, cls: Any) -> Any:
         default = defaults.get(name, {})
@@ -170,8 +180,6 @@ def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan
             "save_interval": min(num_steps, 500),
             # Bridge's own default ties the optimizer's state to the tensor and pipeline parallel sizes.
             "dist_ckpt_optim_fully_reshardable": True,
-            # LoRA loads its frozen base model by itself, before the adapters are put in.
-            "pretrained_checkpoint": model_source(recipe) if recipe.sections.get("peft") else None,
         },
         "logger": {"tensorboard_dir": str(recipe.run_dir / TENSORBOARD), "log_interval": 1},
         "dist": {"distributed_backend": "nccl" if torch.cuda.is_available() else "gloo"},

@@ -14,6 +14,7 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from transformers import PretrainedConfig
 
+import orpo_megatron.bridge.mixtral  # noqa: F401  registers it with AutoBridge
 from orpo_megatron.bridge.apply import apply_settings
 from orpo_megatron.bridge.families import find_family
 from orpo_megatron.bridge.layers import is_local, takes_local_layers, use_local_layers, use_shared_prefix_layers
@@ -29,8 +30,13 @@ register_allowed_target_prefix("orpo_megatron")
 _VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
+def make_bridge(recipe: Recipe, hf_config: PretrainedConfig, *, weights: bool = True) -> AutoBridge[Any]:
     """Returns the converter between Hugging Face and Megatron for the recipe's model.
+
+    Args:
+        recipe: The recipe.
+        hf_config: The model's Hugging Face configuration.
+        weights: Whether it has to convert weights; without, nothing is asked of the hub.
 
     Raises:
         ConfigError: If Megatron-Bridge does not know the architecture, or it becomes a model that takes no ORPO head.
@@ -41,6 +47,8 @@ def make_bridge(recipe: Recipe, hf_config: PretrainedConfig) -> AutoBridge[Any]:
             f"{family.architecture} becomes Megatron's {family.target.__name__}, whose forward takes no ORPO head. "
             "docs/models.md lists what can be trained."
         )
+    if not weights:
+        return CompletedBridge.from_hf_config(hf_config)
     return CompletedBridge.from_hf_pretrained(model_source(recipe), trust_remote_code=False)
 
 

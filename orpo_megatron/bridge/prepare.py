@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,22 @@ from orpo_megatron.data.cache import build_once
 from orpo_megatron.data.plan import StepPlan, make_eval_plan, make_plan
 from orpo_megatron.data.sources import first_line, load_tokenizer, resolve
 from orpo_megatron.data.store import PairStore, prepare
+
+#: Keys of a config.json that do not say what is computed in training.
+_NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "router_jitter_noise",
+    "transformers_version",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True)
@@ -43,21 +61,16 @@ class Prepared:
 def model_source(recipe: Recipe) -> str:
     """Returns the Hugging Face folder or id that the run's weights start from.
 
-    Weights of a ``model.config`` are drawn from ``rng.seed`` by transformers, once and on one process, so that they
-    are the same however the model is split; that is meant for toys and tests.
+    Without ``model.hf``, weights of ``model.config`` are drawn from ``rng.seed`` by transformers, once and on one
+    process, so that they are the same however the model is split; that is meant for toys and tests.
 
     Raises:
         ConfigError: If there is no such model, or transformers does not know the architecture.
     """
     if recipe.hf is not None:
         return resolve(recipe.hf, recipe.cache_dir)
-    values = dict(recipe.hf_config or {})
-    if values.get("model_type") not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"model.config.model_type ({values.get('model_type')!r}) must be an architecture that transformers knows, "
-            "such as llama or mistral."
-        )
-    identity = json.dumps([values, recipe.seed], sort_keys=True)
+    config = declared_config(recipe)
+    identity = json.dumps([recipe.hf_config, recipe.seed], sort_keys=True)
     folder = recipe.cache_dir.absolute() / "models" / f"random-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     def build(scratch: Path) -> None:
@@ -66,36 +79,101 @@ def model_source(recipe: Recipe) -> str:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _said_of_config():
             torch.manual_seed(recipe.seed)
-            try:
-                config = AutoConfig.for_model(**values)
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            except Exception as error:  # a wrong size or name comes to light anywhere in transformers
-                reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-                raise ConfigError(
-                    f"model.config is no language model that transformers can build: {reason}"
-                ) from error
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(scratch)
 
     build_once(folder, build, Path.exists)
     return str(folder)
 
 
-def load_hf_config(recipe: Recipe) -> PretrainedConfig:
-    """Loads the model's Hugging Face configuration.
+def local_model(recipe: Recipe) -> str:
+    """Returns the folder that holds the run's first weights; those of a hub id are downloaded, once a machine.
 
     Raises:
-        ConfigError: If it is not there or not one that transformers knows.
+        ConfigError: If they cannot be had.
     """
     source = model_source(recipe)
+    if Path(source).is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
     except (OSError, ValueError) as error:
+        raise _no_model(recipe, error) from error
+
+
+def declared_config(recipe: Recipe) -> PretrainedConfig:
+    """Returns the architecture that the recipe gives as ``model.config``; nothing is downloaded or drawn.
+
+    Raises:
+        ConfigError: If transformers does not know it.
+    """
+    values = dict(recipe.hf_config or {})
+    if values.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
-            f"The model {recipe.hf} (model.hf) cannot be had: {first_line(error)} Give a Hugging Face folder or a "
-            "GGUF file if this machine reaches no hub."
-        ) from error
+            f"model.config.model_type ({values.get('model_type')!r}) must be an architecture that transformers knows, "
+            "such as llama or mistral."
+        )
+    with _said_of_config():
+        return AutoConfig.for_model(**values)
+
+
+@contextmanager
+def _said_of_config() -> Iterator[None]:
+    """Says in one line what transformers finds wrong with ``model.config``."""
+    try:
+        yield
+    except Exception as error:  # a wrong size or name comes to light anywhere in transformers
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ConfigError(f"model.config is no language model that transformers can build: {reason}") from error
+
+
+def load_hf_config(recipe: Recipe, *, dry_run: bool = False) -> PretrainedConfig:
+    """Loads the model's Hugging Face configuration.
+
+    Args:
+        recipe: The recipe.
+        dry_run: Whether to take its ``model.config``, if it has one, at its word: nothing is downloaded or drawn.
+
+    Raises:
+        ConfigError: If it is not there, not one that transformers knows, or not the one that the recipe declares.
+    """
+    if dry_run and recipe.hf_config is not None:
+        return declared_config(recipe)
+    source = model_source(recipe)
+    try:
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _no_model(recipe, error) from error
+    if recipe.hf is not None and recipe.hf_config is not None:
+        _check_declared(recipe, found)
+    return found
+
+
+def _no_model(recipe: Recipe, error: Exception) -> ConfigError:
+    """Returns what to say of a model that cannot be had."""
+    return ConfigError(
+        f"The model {recipe.hf} (model.hf) cannot be had: {first_line(error)} Give a Hugging Face folder or a GGUF "
+        "file if this machine reaches no hub."
+    )
+
+
+def _check_declared(recipe: Recipe, found: PretrainedConfig) -> None:
+    """Checks that the architecture in the recipe, with which it was checked dry, is that of its weights.
+
+    Raises:
+        ConfigError: Naming the first key that differs.
+    """
+    declared, theirs = declared_config(recipe).to_dict(), found.to_dict()
+    for name, ours in declared.items():
+        if name not in _NOT_ARCHITECTURE and ours != theirs.get(name):
+            raise ConfigError(
+                f"model.config.{name} ({ours!r}) must be {theirs.get(name)!r}, as in the config.json of {recipe.hf}. "
+                "Correct it, or set model.config=null to take theirs."
+            )
 
 
 def prepare_run(

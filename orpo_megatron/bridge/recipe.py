@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from orpo_megatron.bridge.compose import read_composed
 from orpo_megatron.bridge.settings import bridge_settings
 from orpo_megatron.config import ConfigError, DataConfig, OrpoConfig, RunConfig, build_section, nearest
 
@@ -135,7 +135,7 @@ class Recipe:
         data: The preference pairs.
         run: Where the run lives.
         hf: HF id or folder, or GGUF file, to start from; None for random weights.
-        hf_config: Architecture in Hugging Face's terms where there is no ``hf``.
+        hf_config: Architecture in Hugging Face's terms: that of ``hf``, or of a model with random weights.
         sections: Bridge's sections as given, without ``model.hf`` and ``model.config``.
     """
 
@@ -188,7 +188,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the recipe as plain values, every setting of ours written out."""
-        source = {"hf": self.hf} if self.hf else {"config": self.hf_config}
+        source = {name: value for name, value in (("hf", self.hf), ("config", self.hf_config)) if value is not None}
         sections = dict(self.sections)
         model = {"model": {**source, **sections.pop("model", {})}}
         ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("orpo", "data", "run")}
@@ -199,8 +199,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: YAML file.
-        overrides: ``section.key=value``, values in YAML; they win over the file.
+        path: YAML file; ``base`` in it names files that it builds on (``read_composed``).
+        overrides: ``section.key=value``, values in YAML; they win over all files.
 
     Returns:
         The checked recipe.
@@ -208,16 +208,11 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: If the file, a key, a value or a combination is not right.
     """
-    if not os.path.isfile(path):
-        raise ConfigError(f"There is no recipe at {path}.")
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise ConfigError(f"{override} is not an override. Write section.key=value, such as orpo.beta=0.2.")
     try:
-        loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"The recipe {path} must be a mapping of sections, not a list. See recipes/.")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(read_composed(Path(path)), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
@@ -277,10 +272,10 @@ def _checked_section(name: str, section: Any, known: frozenset[str]) -> Any:
 
 def _check_whole(recipe: Recipe) -> None:
     """Checks what several settings say together."""
-    if (recipe.hf is None) == (recipe.hf_config is None):
+    if recipe.hf is None and recipe.hf_config is None:
         raise ConfigError(
-            "A recipe gives model.hf (a Hugging Face id or folder, or a GGUF file, to start from) or model.config "
-            "(an architecture in Hugging Face's terms, random weights): one of the two."
+            "A recipe gives model.hf (a Hugging Face id or folder, or a GGUF file, to start from), model.config (its "
+            "architecture in Hugging Face's terms; without model.hf the weights are random), or both."
         )
     if recipe.hf is not None and not isinstance(recipe.hf, str):
         raise ConfigError(f"model.hf ({recipe.hf!r}) must be a Hugging Face id, a folder or a GGUF file.")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, RECORD, Recipe, load_re
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank
 from orpo_megatron.modelcard import model_card
+from orpo_megatron.versions import versions
 
 RECIPE, DATA_REPORT, METRICS, CHECKPOINTS, HF = "recipe.yaml", "data_report.json", "metrics.jsonl", "checkpoints", "hf"
-_PACKAGES = ("orpo-megatron", "torch", "megatron-core", "megatron-bridge", "transformer-engine", "transformers")
 
 #: Settings that a run may change when it goes on: none of them moves the trajectory.
 _FREE_SECTIONS = {"run", "logger", "checkpoint", "dist", "ddp", "profiling", "straggler", "nvrx_straggler", "ft"} | {
@@ -68,6 +66,8 @@ def trajectory(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     values["data"] = {k: v for k, v in values["data"].items() if k not in _FREE_DATA}
     values["train"] = {k: v for k, v in values.get("train", {}).items() if k not in _FREE_TRAIN}
     values["model"] = {k: v for k, v in values["model"].items() if "parallel" not in k and "recompute" not in k}
+    if recipe.hf is not None:
+        values["model"].pop("config", None)  # model.hf says it too
     values = {
         name: {k: v for k, v in section.items() if f"{name}.{k}" not in LAYOUT_SETTINGS}
         if isinstance(section, dict)
@@ -205,14 +205,3 @@ def write_model_card(recipe: Recipe, folder: Path, run_dir: Path | None = None, 
         versions=versions(),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import textwrap
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
 
+from orpo_megatron.agreement import is_lost_peer
 from orpo_megatron.bridge.apply import check_kept
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
@@ -24,7 +26,7 @@ from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import CHECKPOINTS, latest_step, partial_export
-from orpo_megatron.config import ConfigError
+from orpo_megatron.config import ConfigError, PeerError
 from orpo_megatron.console import rank
 from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.step import make_forward_step
@@ -49,12 +51,15 @@ def build(
     Raises:
         ConfigError: If Bridge does not know the model, or a setting does not fit.
     """
-    bridge = make_bridge(recipe, hf_config)
+    bridge = make_bridge(recipe, hf_config, weights=here)
     frozen_base = bool(recipe.sections.get("peft"))  # Bridge loads it where it puts in the adapters
     plan, load_weights = prepared.plan, load_weights and not frozen_base
     provider = make_provider(recipe, bridge, load_weights=load_weights, here=here, share_prefix=plan.share_prefix)
     dataset = make_dataset(recipe, prepared, fill_empty_rows=has_auxiliary_loss(provider))
-    return bridge, make_container(recipe, provider, dataset, num_steps=plan.num_steps, eval_plan=prepared.eval_plan)
+    container = make_container(
+        recipe, provider, dataset, num_steps=plan.num_steps, eval_plan=prepared.eval_plan, here=here
+    )
+    return bridge, container
 
 
 def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *, here: bool) -> str:
@@ -67,7 +72,11 @@ def validate(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared, *,
         ConfigError: Also for what Bridge finds.
     """
     _, container = build(recipe, hf_config, prepared, load_weights=False, here=here)
+    base = container.checkpoint.pretrained_checkpoint
+    if base and not os.path.exists(base):  # a hub id, in a dry run: Bridge asks for a path that is there
+        container.checkpoint.pretrained_checkpoint = os.curdir
     finalise(container, recipe)
+    container.checkpoint.pretrained_checkpoint = base
     with safe_yaml_representers():
         return yaml.safe_dump(container.to_dict())
 
@@ -132,6 +141,11 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
         # torchrun terminates the other ranks once the first has ended; all are ending by themselves, and alike.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise PeerError(lost_peer_message(recipe, prepared, error)) from error
     except SystemExit as error:
         # Status 0 is how Bridge leaves its loop after a signal, its checkpoint saved; it also ends this way when
         # it cannot go on, and has then only logged why.
@@ -142,6 +156,17 @@ def train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bo
     finally:
         monitor.close()
     return monitor.finished
+
+
+def lost_peer_message(recipe: Recipe, prepared: Prepared, error: Exception) -> str:
+    """Returns what happened, and how to go on, when ``error`` says that another process is gone."""
+    step = latest_step(recipe.run_dir / CHECKPOINTS)
+    kept = f"goes on from step {step} ({recipe.run_dir / CHECKPOINTS})" if step else "starts anew (no checkpoint yet)"
+    return (
+        f"Rank {rank()} lost contact with another process: {textwrap.shorten(str(error), 200)} It ended, and says "
+        f"why itself, or its node or the network failed. The same command {kept}, also on fewer nodes, as long as "
+        f"their data-parallel size divides {prepared.plan.rows_per_step} (rows a step)."
+    )
 
 
 def make_dataset(recipe: Recipe, prepared: Prepared, fill_empty_rows: bool) -> PreferenceData:

@@ -42,6 +42,12 @@ QWEN3_MOE = SIZES | {
     "mlp_only_layers": [],
     "norm_topk_prob": True,
 }
+MIXTRAL = SIZES | {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "intermediate_size": 48,
+}
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,15 @@ class Model:
     rounded: bool = False
 
 
-#: A dense layer has 6 parameters; one of 4 experts 7, and two for each expert; adapters two beside each of 4 matrices.
+#: A dense layer has 6 parameters; one of 4 experts 7, or 5 without norms of queries and keys, and two for each expert;
+#: adapters two beside each of 4 matrices.
 MODELS = {
     "dense": Model(LLAMA | TIED, 2 + 4 * 6),
     "untied": Model(LLAMA | UNTIED, 3 + 4 * 6),
     "odd vocabulary": Model(LLAMA | TIED | {"vocab_size": 513}, 2 + 4 * 6),
     "adapters": Model(LLAMA | TIED, 4 * 4 * 2, {"peft.dim": 4}),
     "experts": Model(QWEN3_MOE | UNTIED, 3 + 4 * (7 + 2 * 4), {"model.moe_aux_loss_coeff": 0.0}),
+    "mixtral": Model(MIXTRAL | UNTIED, 3 + 4 * (5 + 2 * 4), {"model.moe_aux_loss_coeff": 0.0}),
     "balanced": Model(QWEN3_MOE | UNTIED, 3 + 4 * (7 + 2 * 4), {"model.moe_aux_loss_coeff": 0.01}, same_rows=True),
     "rounded": Model(LLAMA | TIED, 2 + 4 * 6, rounded=True),
 }
@@ -210,6 +218,7 @@ LAYOUTS |= on_splits(
     },
 )
 LAYOUTS |= {
+    "tp2 sp ep2 mixtral": brief(2, "tp=2,sp=true,ep=2", "mixtral"),
     "tp2 sp padded vocabulary": brief(2, "tp=2,sp=true", "odd vocabulary"),
     "dp4": brief(4, "", settings=SHARDED, ragged=True),
     "ep2 dp4": brief(4, "ep=2", "experts", ragged=True),

@@ -58,14 +58,21 @@ CASES = {
     "olmoe": Case(  # a recipe that writes all sizes itself
         "olmoe_7b_sft_8gpu_h100_bf16_config",
         "allenai/OLMoE-1B-7B-0924",
-        {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2},
+        {
+            "model_type": "olmoe",
+            "architectures": ["OlmoeForCausalLM"],
+            "num_key_value_heads": 4,  # as many as heads: Bridge norms keys over all heads
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "eos_token_id": 2,
+            "pad_token_id": None,  # transformers gives a padding id no gradient, and OLMoE's is SmolLM2's <|im_start|>
+        },
         (
             *("model.hidden_size=64", "model.num_layers=2", "model.vocab_size=49152", "model.kv_channels=16"),
-            *("model.num_attention_heads=4", "model.num_query_groups=2", "model.num_moe_experts=4"),
+            *("model.num_attention_heads=4", "model.num_query_groups=4", "model.num_moe_experts=4"),
             *("model.ffn_hidden_size=128", "model.moe_ffn_hidden_size=128", "model.moe_router_topk=2"),
             "model.moe_aux_loss_coeff=0.0",  # no part of the loss that transformers is asked for
             "model.expert_model_parallel_size=1",
-            "optimizer.use_precision_aware_optimizer=false",
         ),
     ),
     "gemma": Case(
@@ -80,7 +87,7 @@ def put_in_hub_cache(case: Case, home: Path) -> Path:
     """Draws a tiny model and saves it with a tokenizer where the hub's client looks for ``case.hub_id``."""
     folder = hub_folder(case.hub_id, home)
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config, **SIZES), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | case.config), dtype=torch.float32)
     model.save_pretrained(folder)
     load_tokenizer(TOKENIZER, home / "cache").save_pretrained(folder)
     return folder
@@ -106,6 +113,7 @@ def run_example(tiny: TinyRecipe, case: Case, home: Path, data: Path, run_dir: P
         f"checkpoint.load={run_dir}/checkpoints",
         f"logger.tensorboard_dir={run_dir}/tensorboard",
         "mixed_precision=null",
+        "scheduler.lr_warmup_iters=0",
         "train.train_iters=2",
         f"train.global_batch_size={PAIRS}",
         HF_HOME=str(home),

@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from launch import PAIRS_PER_STEP, REPO, TinyRecipe, hub_folder, read_metrics
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import load_recipe
+from orpo_megatron.data.sources import load_tokenizer
+from readme import arguments, the
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = REPO / "examples"
 BOUND, STEPS = 1e-5, 2
 LR = 1e-3  # of the tiny recipe, constant
 Steps = list[dict[str, float]]
@@ -43,20 +43,16 @@ def check(found: Steps, expected: Steps) -> None:
 
 def test_a_recipe_of_bridges_own(tiny: TinyRecipe, weights: Path, expected: Steps, tmp_path: Path) -> None:
     """``pretrain(*orpo(config, ...))``."""
-    folder, run_dir = hub_folder("meta-llama/Llama-3.2-1B", tmp_path / "home"), tmp_path / "run"
+    folder, run_dir = hub_folder("meta-llama/Meta-Llama-3.1-8B", tmp_path / "home"), tmp_path / "run"
     shutil.copytree(weights, folder, dirs_exist_ok=True)
     recipe = load_recipe(str(REPO / "recipes" / "tiny_cpu.yaml"))
-    from orpo_megatron.data.sources import load_tokenizer
-
     load_tokenizer(recipe.tokenizer, tiny.cache_dir).save_pretrained(folder)
+    command = the("bridge_recipe.py").replace("examples/demo/train.jsonl", str(tiny.train_file))
     optimizer = {"lr": LR, "min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "clip_grad": 1.0}
     schedule = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
     no_decay = ("optimizer.weight_decay=0.0", "scheduler.start_weight_decay=0.0", "scheduler.end_weight_decay=0.0")
     tiny.command(
-        str(EXAMPLES / "bridge_recipe.py"),
-        "llama32_1b_sft_1gpu_h100_bf16_config",
-        str(tiny.train_file),
-        *(f"checkpoint.{name}={run_dir}/checkpoints" for name in ("save", "load")),
+        *arguments(command.replace("runs/llama31_8b", str(run_dir))),
         f"logger.tensorboard_dir={run_dir}/tensorboard",
         *(f"optimizer.{name}={value}" for name, value in optimizer.items()),
         *(f"scheduler.{name}={value}" for name, value in schedule.items()),
@@ -70,33 +66,19 @@ def test_a_recipe_of_bridges_own(tiny: TinyRecipe, weights: Path, expected: Step
     check([{name: record[name] for name in ("loss", "grad_norm")} for record in read_metrics(run_dir)], expected)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("split", ["tensor", "data"])
 def test_plain_megatron_core(
-    tiny: TinyRecipe, weights: Path, expected: Steps, tmp_path: Path, bridge_on_cpu: None, processes: int
+    tiny: TinyRecipe, weights: Path, expected: Steps, tmp_path: Path, bridge_on_cpu: None, split: str
 ) -> None:
-    """``get_forward_backward_func()`` with ``make_forward_step(...)``."""
-    torch.save(megatron_state_dict(weights), tmp_path / "state.pt")
+    """``get_forward_backward_func()`` with ``make_forward_step(...)``, on two processes."""
+    from orpo_megatron.bridge.convert import import_checkpoint
+
+    import_checkpoint(str(weights), tmp_path / "megatron")
+    command = the("megatron_core.py").replace("examples/demo/train.jsonl", str(tiny.train_file))
     output = tiny.command(
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-        str(EXAMPLES / "megatron_core.py"),
-        *("--train", str(tiny.train_file), "--pairs-per-step", str(PAIRS_PER_STEP), "--steps", str(STEPS)),
-        *("--lr", str(LR), "--load", str(tmp_path / "state.pt"), "--cache-dir", str(tiny.cache_dir)),
+        *arguments(command if split == "tensor" else command.replace(" --tensor-parallel 2", "")),
+        *("--pairs-per-step", str(PAIRS_PER_STEP), "--steps", str(STEPS)),
+        *("--lr", str(LR), "--load", str(tmp_path / "megatron" / "iter_0000000"), "--cache-dir", str(tiny.cache_dir)),
     ).succeed()
     lines = re.findall(r"^step \d+  loss (\S+) .*grad_norm (\S+)$", output, re.MULTILINE)
     check([{"loss": float(loss), "grad_norm": float(norm)} for loss, norm in lines], expected)
-
-
-def megatron_state_dict(weights: Path) -> dict[str, torch.Tensor]:
-    """Returns a Hugging Face model's weights under Megatron-Core's names."""
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.training.model_load_save import temporary_distributed_context
-
-    from orpo_megatron.bridge.model import fit_to_machine, set_dtype
-
-    provider = AutoBridge.from_hf_pretrained(weights).to_megatron_provider(load_weights=True)
-    set_dtype(provider, torch.float32)
-    fit_to_machine(provider)
-    provider.finalize()
-    with temporary_distributed_context("gloo"):
-        (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        return {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}

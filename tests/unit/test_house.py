@@ -73,6 +73,7 @@ RULES = {
     },
     "orpo_megatron.config": ("megatron", "torch", "transformers", *ours("data", "core", "bridge", "nemo", "cpu")),
     "orpo_megatron.console": ("megatron", "torch", "transformers", *ours("data", "core", "bridge", "nemo", "cpu")),
+    "orpo_megatron.agreement": ("megatron", "transformers", *ours("data", "core", "bridge", "nemo", "cpu")),
     "orpo_megatron.data": ("megatron", "nemo", *ours("core", "bridge", "nemo", "cpu", "train")),
     "orpo_megatron.core": ("megatron.bridge", "nemo", *ours("bridge", "nemo", "cpu", "train")),
     "orpo_megatron.bridge": ("nemo", *ours("nemo", "cpu", "train")),
@@ -98,7 +99,19 @@ def test_every_rule_is_of_a_module_that_is_there_or_to_come() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["settings", "recipe", "prepare", "prefix", "rundir", "kept", "parity", "weights", "place", "checkpoint"],
+    [
+        "settings",
+        "recipe",
+        "prepare",
+        "prefix",
+        "rundir",
+        "kept",
+        "parity",
+        "common",
+        "weights",
+        "place",
+        "checkpoint",
+    ],
 )
 def test_what_checks_a_recipe_imports_no_megatron(name: str) -> None:
     walls = ("megatron", *ours("core", "cpu", *(f"bridge.{n}" for n in ("container", "model", "train", "callbacks"))))
@@ -108,6 +121,13 @@ def test_what_checks_a_recipe_imports_no_megatron(name: str) -> None:
 def test_the_entry_point_imports_neither_megatron_nor_torch_nor_transformers_itself() -> None:
     walls = ("megatron", "torch", "transformers", *ours("core", "cpu", "data", "bridge.prepare", "bridge.train"))
     assert crossings(PACKAGE / "train.py", walls, at_import=True) == []
+
+
+@pytest.mark.parametrize("name", ["agreement", "bridge.common", "versions"])
+def test_what_runs_before_the_recipe_is_read_imports_nothing_heavy_itself(name: str) -> None:
+    walls = ("megatron", "torch", "transformers", *ours("core", "cpu", "data", "bridge.prepare", "bridge.train"))
+    path = PACKAGE / f"{name.replace('.', '/')}.py"
+    assert crossings(path, walls, at_import=True) == []
 
 
 def test_only_entry_points_import_the_cpu_redirects() -> None:

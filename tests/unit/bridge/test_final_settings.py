@@ -117,12 +117,12 @@ def test_one_chunk_a_stage_is_no_virtual_pipeline(two_ranks: None, tmp_path: Pat
 
 
 def test_layers_of_a_models_own_are_not_replaced_by_others(two_ranks: None, tmp_path: Path) -> None:
-    """OLMoE normalises queries and keys over all heads, which no plain layer does."""
-    olmoe = EXPERTS | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]}
+    """Gemma's attend to a window in some layers and norm their outputs, which no plain layer does."""
+    gemma = LLAMA | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "head_dim": 16}
     with pytest.raises(
-        ConfigError, match=r"This model has layers of its own \(olmoe_layer_spec\), for which a machine without"
+        ConfigError, match=r"This model has layers of its own \(gemma3_layer_spec\), for which a machine without"
     ):
-        finalised(tmp_path, olmoe, {})
+        finalised(tmp_path, gemma, {})
 
 
 def test_routers_with_a_loss_of_their_own_take_no_shared_prompts(two_ranks: None, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
+from launch import hub_folder
 from orpo_megatron.bridge.prepare import (
     check_pretrained,
     load_hf_config,
+    local_model,
     model_source,
     num_steps,
     prepare_run,
@@ -165,6 +167,60 @@ def test_a_model_that_is_not_there_is_named(values: Values, tmp_path: Path) -> N
         load_hf_config(build_recipe({**values, "model": {"hf": str(missing)}}))
     assert str(error.value).startswith(f"The model {missing} (model.hf) cannot be had: ")
     assert str(error.value).endswith("Give a Hugging Face folder or a GGUF file if this machine reaches no hub.")
+
+
+def test_a_dry_run_takes_the_architecture_at_its_word(values: Values, tmp_path: Path) -> None:
+    """Nothing is drawn, and a hub is not asked."""
+    assert load_hf_config(build_recipe(values), dry_run=True).num_hidden_layers == 4
+    values["model"]["hf"] = "org/no-such-model"
+    assert load_hf_config(build_recipe(values), dry_run=True).hidden_size == 32
+    with pytest.raises(ConfigError, match=r"^The model org/no-such-model \(model.hf\) cannot be had: "):
+        load_hf_config(build_recipe(values))
+    assert list(tmp_path.glob("runs/**/*")) == []
+    values["model"]["config"]["model_type"] = "lama"
+    with pytest.raises(ConfigError, match=r"^model.config.model_type \('lama'\) must be an architecture that"):
+        load_hf_config(build_recipe(values), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"num_hidden_layers": 3}, "model.config.num_hidden_layers (4) must be 3, as in the config.json of {hf}. "),
+        ({"rms_norm_eps": 1e-5}, "model.config.rms_norm_eps (1e-06) must be 1e-05, as in the config.json of {hf}. "),
+        (  # what is left out is a default of the architecture's, and declared as well
+            {"attention_bias": True},
+            "model.config.attention_bias (False) must be True, as in the config.json of {hf}. ",
+        ),
+        ({"use_cache": False, "eos_token_id": 7, "initializer_range": 0.5, "dtype": "bfloat16"}, None),
+    ],
+)
+def test_the_declared_architecture_is_held_against_the_weights(
+    values: Values, tmp_path: Path, theirs: Values, message: str | None
+) -> None:
+    config = values["model"]["config"]
+    LlamaConfig(**{**config, **theirs}).save_pretrained(tmp_path / "model")
+    values["model"]["hf"] = str(tmp_path / "model")
+    if message is None:
+        assert load_hf_config(build_recipe(values)).num_hidden_layers == 4
+        return
+    with pytest.raises(ConfigError) as error:
+        load_hf_config(build_recipe(values))
+    remedy = "Correct it, or set model.config=null to take theirs."
+    assert str(error.value) == message.format(hf=tmp_path / "model") + remedy
+    values["model"]["config"] = None
+    assert load_hf_config(build_recipe(values)).model_type == "llama"
+
+
+def test_weights_of_a_hub_id_are_a_folder(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As adapters need those of their frozen base model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    recipe = build_recipe({**values, "model": {"hf": "org/model"}})
+    with pytest.raises(ConfigError, match=r"^The model org/model \(model.hf\) cannot be had: "):
+        local_model(recipe)
+    folder = hub_folder("org/model", tmp_path / "home")
+    (folder / "model.safetensors").touch()
+    assert Path(local_model(recipe)) == folder
+    assert local_model(build_recipe({**values, "model": {"hf": str(folder)}})) == str(folder)
 
 
 def test_a_run_is_prepared_for_its_ranks(runnable: Values) -> None:

@@ -59,6 +59,15 @@ def test_the_tokenizer_is_the_models_own_unless_given(values: Values) -> None:
     assert build_recipe(changed(own, data__tokenizer="other")).tokenizer == "other"
 
 
+def test_an_architecture_may_stand_beside_the_weights(values: Values) -> None:
+    both = build_recipe(changed(values, model__hf="org/model"))
+    assert (both.hf, both.hf_config) == ("org/model", values["model"]["config"])
+    assert both.as_dict()["model"] == {"hf": "org/model", "config": values["model"]["config"]}
+    assert build_recipe(changed(values, model__hf="org/model", model__config=None)).as_dict()["model"] == {
+        "hf": "org/model"
+    }
+
+
 def test_a_section_may_be_empty(values: Values) -> None:
     assert build_recipe(changed(values, orpo=None, scheduler=None)).orpo.beta == 0.1
 
@@ -79,8 +88,7 @@ def test_a_section_may_be_empty(values: Values) -> None:
         ({"run": {}}, "run.dir is missing: the recipe must give it."),
         ({"data": None}, "data.train is missing: the recipe must give it."),
         ({"data": {"train": "a"}}, "data.tokenizer is missing: a model from model.config has no tokenizer"),
-        ({"model": {}}, "A recipe gives model.hf (a Hugging Face id or folder, or a GGUF file, to start from) or"),
-        ({"model__hf": "org/model"}, "A recipe gives model.hf (a Hugging Face id or folder, or a GGUF file, to"),
+        ({"model": {}}, "A recipe gives model.hf (a Hugging Face id or folder, or a GGUF file, to start from), "),
         ({"model": {"hf": 3}}, "model.hf (3) must be a Hugging Face id, a folder or a GGUF file."),
         ({"model": {"config": "llama"}}, "model.config ('llama') must be a mapping, as in a config.json."),
         ({"train": {}}, "A recipe gives train.train_iters (steps) or train.num_epochs (passes over the pairs): one."),

@@ -72,6 +72,13 @@ def test_a_run_may_go_on_with_another_cluster_and_other_logging(runnable: Values
     check_same_run(folder, recorded, now)
 
 
+def test_a_run_may_go_on_with_or_without_the_architecture_beside_its_weights(runnable: Values) -> None:
+    runnable["model"]["hf"] = "org/model"
+    folder, recorded, now = written_then(runnable, {"model__config": None})
+    check_same_run(folder, recorded, now)
+    assert recorded["model"] == {"hf": "org/model"}
+
+
 def test_a_run_may_go_on_when_its_data_moved_and_epochs_are_spelt_as_steps(runnable: Values, tmp_path: Path) -> None:
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(Path(runnable["data"]["train"]).read_bytes())
