@@ -71,9 +71,9 @@ def test_plain_megatron_core(
     tiny: TinyRecipe, weights: Path, expected: Steps, tmp_path: Path, bridge_on_cpu: None, split: str
 ) -> None:
     """``get_forward_backward_func()`` with ``make_forward_step(...)``, on two processes."""
-    from orpo_megatron.bridge.convert import import_checkpoint
+    from orpo_megatron.bridge.convert import Options, import_model
 
-    import_checkpoint(str(weights), tmp_path / "megatron")
+    import_model(str(weights), tmp_path / "megatron", Options())
     command = the("megatron_core.py").replace("examples/demo/train.jsonl", str(tiny.train_file))
     output = tiny.command(
         *arguments(command if split == "tensor" else command.replace(" --tensor-parallel 2", "")),

@@ -41,7 +41,7 @@ def test_every_command_is_tested_below() -> None:
         f"{TO_LUSTRE}",
         "python tools/launch.py local --gpus-per-node 2 recipes/tiny_cpu.yaml",
         "torchrun --nproc-per-node 2 tools/verify_parity.py recipes/tiny_cpu.yaml model.tensor_model_parallel_size=2",
-        f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron",
+        f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron --verify",
         "python tools/convert.py export runs/tiny_cpu runs/tiny_cpu_hf",
         # test_four_ways.py:
         "torchrun --nproc-per-node 2 examples/bridge_recipe.py llama31_8b_sft_2gpu_h100_bf16_config "
@@ -121,6 +121,6 @@ def test_mistral_recipe(tiny: TinyRecipe, small_tokenizer: Path) -> None:
 
 def test_import(tiny: TinyRecipe, tmp_path: Path) -> None:
     command = the("convert.py import").replace("runs/smollm2_megatron", str(tmp_path / "megatron"))
-    tiny.command(*arguments(command, "--cache-dir", str(tiny.cache_dir))).succeed()
+    assert "PASS: logits of" in tiny.command(*arguments(command, "--cache-dir", str(tiny.cache_dir))).succeed()
     config = (tmp_path / "megatron" / "iter_0000000" / "run_config.yaml").read_text(encoding="utf-8")
     assert re.search(r"num_layers: 30\b", config)
