@@ -40,7 +40,7 @@ class Outcome:
 class Command:
     """A running command in a session of its own, as a terminal or a scheduler would start it."""
 
-    def __init__(self, arguments: list[str], log: Path, **variables: str) -> None:
+    def __init__(self, arguments: list[str], log: Path, python: str = sys.executable, **variables: str) -> None:
         """Starts ``python arguments`` in the repository, offline, on the CPU, one thread a process."""
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
@@ -52,7 +52,7 @@ class Command:
         self.log = log
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [python, *arguments],
                 cwd=REPO,
                 env=environment,
                 stdout=file,
@@ -118,12 +118,14 @@ class TinyRecipe:
         train_file: The training pairs.
         eval_file: The held-out pairs.
         logs: Where commands print to.
+        python: The interpreter that runs them.
     """
 
     cache_dir: Path
     train_file: Path
     eval_file: Path
     logs: Path
+    python: str = sys.executable
 
     def arguments(self, run_dir: Path, *overrides: str) -> list[str]:
         """Returns the recipe and its overrides as the command line takes them."""
@@ -154,7 +156,8 @@ class TinyRecipe:
 
     def command(self, *arguments: str, **variables: str) -> Command:
         """Starts ``python arguments`` with environment ``variables``, its output in a new file."""
-        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt", **variables)
+        log = self.logs / f"{len(list(self.logs.iterdir()))}.txt"
+        return Command(list(arguments), log, self.python, **variables)
 
 
 def hub_folder(hub_id: str, home: Path) -> Path:

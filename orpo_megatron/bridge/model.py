@@ -17,6 +17,7 @@ from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.core.attention import packed_local_layer_spec, shared_prefix_layer_spec
+from orpo_megatron.core.fusions import turn_off_fusions
 from orpo_megatron.core.moe import has_auxiliary_loss
 
 # A checkpoint names the layer specification and the data set by their import paths.
@@ -231,16 +232,5 @@ def fit_to_machine(provider: GPTModelProvider) -> None:
         return
     _check_plain_layers(provider, "a machine without Transformer Engine", "Train it on a GPU with Transformer Engine.")
     provider.transformer_layer_spec = packed_local_layer_spec
-    for fusion in (
-        "apply_rope_fusion",
-        "bias_activation_fusion",
-        "bias_dropout_fusion",
-        "gradient_accumulation_fusion",
-        "masked_softmax_fusion",
-        "moe_grouped_gemm",
-        "moe_permute_fusion",
-        "moe_router_fusion",
-        "persist_layer_norm",
-    ):
-        setattr(provider, fusion, False)
+    turn_off_fusions(provider)
     provider.use_cpu_initialization = not torch.cuda.is_available()

@@ -25,7 +25,7 @@ _FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "linspace", 
 
 
 def activate() -> bool:
-    """Redirects CUDA calls to the CPU where this machine has no GPU; call it before Megatron is imported.
+    """Redirects CUDA calls to the CPU where this machine has no GPU; call it before Megatron-Bridge is imported.
 
     Returns:
         True if this process now runs on the CPU, False if PyTorch sees a GPU and nothing was changed.
@@ -39,6 +39,8 @@ def activate() -> bool:
         return False
     # Megatron decorates functions with torch.compile; compiling them costs a CPU run minutes and wins nothing.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "megatron.core" in sys.modules:  # NeMo has imported it already
+        torch.compiler.set_stance("force_eager")
     _redirect_devices()
     _redirect_cuda_runtime()
     _redirect_distributed()
