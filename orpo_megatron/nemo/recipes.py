@@ -126,6 +126,7 @@ def tiny_cpu(dir: str = "runs/nemo_tiny_cpu", devices: int = 1, tensor_paralleli
         tensor_model_parallel_size=tensor_parallelism,
         sequence_parallel=tensor_parallelism > 1,
         ckpt_async_save=False,
+        ckpt_optim_fully_reshardable=True,  # the other format takes no Adam of PyTorch's
         ddp=run.Config(DistributedDataParallelConfig, use_distributed_optimizer=True),
     )
     trainer = run.Config(
@@ -138,6 +139,7 @@ def tiny_cpu(dir: str = "runs/nemo_tiny_cpu", devices: int = 1, tensor_paralleli
         val_check_interval=10,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
+        enable_checkpointing=False,  # Lightning's own; NeMo's is in the log
         use_distributed_sampler=False,
     )
     pairs = run.Config(

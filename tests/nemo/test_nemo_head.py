@@ -104,6 +104,7 @@ def test_log_probs_and_gradients_are_those_of_the_logits(
 
 def test_an_error_in_the_call_leaves_the_output_layer_as_it_was(one_rank: None) -> None:
     from orpo_megatron.core.head import call_with_head
+    from orpo_megatron.core.row import row_params
 
     model, row = make_model(True), row_of([(3, 4, 5)])
 
@@ -112,7 +113,13 @@ def test_an_error_in_the_call_leaves_the_output_layer_as_it_was(one_rank: None) 
 
     with pytest.raises(ZeroDivisionError):
         call_with_head(
-            model, broken, row, input_ids=row.tokens[None], position_ids=row.position_ids[None], attention_mask=None
+            model,
+            broken,
+            row,
+            input_ids=row.tokens[None],
+            position_ids=row.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=row_params(row, "cpu"),
         )
     assert "forward" not in vars(model.output_layer)
 
