@@ -126,6 +126,7 @@ def tiny_cpu(dir: str = "runs/nemo_tiny_cpu", devices: int = 1, tensor_paralleli
         tensor_model_parallel_size=tensor_parallelism,
         sequence_parallel=tensor_parallelism > 1,
         ckpt_async_save=False,
+        replace_progress_bar=False,  # NeMo's own one has rank 0 alone gather timers, for which gloo waits
         ckpt_optim_fully_reshardable=True,  # the other format takes no Adam of PyTorch's
         ddp=run.Config(DistributedDataParallelConfig, use_distributed_optimizer=True),
     )
