@@ -26,13 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import PeakMemory, Timings, default_device, synchronise
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.bridge.callbacks import on_rank_0
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.prepare import load_hf_config
 from orpo_megatron.bridge.recipe import Recipe, build_recipe
 from orpo_megatron.bridge.train import finalise
+from orpo_megatron.core.ranks import on_rank_0
 from orpo_megatron.core.row import row_params
 from orpo_megatron.core.step import ForwardStep, make_forward_step
 from orpo_megatron.data.dataset import pack_row

@@ -22,7 +22,7 @@ from orpo_megatron.machine import use_machine
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from orpo_megatron.bridge.prepare import Prepared
+    from orpo_megatron.data.prepare import Prepared
 
 EXIT_ERROR, EXIT_STOPPED = 2, 143
 

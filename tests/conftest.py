@@ -16,6 +16,17 @@ settings.register_profile("tests", deadline=None)  # the machine may be busy
 settings.load_profile("tests")
 
 
+def _nemo_is_here() -> bool:
+    """Tells whether this is the environment of `make test-nemo`; tests/nemo is a folder called nemo as well."""
+    try:
+        return importlib.util.find_spec("nemo.lightning") is not None
+    except ImportError:
+        return False
+
+
+collect_ignore = [] if _nemo_is_here() else ["nemo"]
+
+
 @pytest.fixture(scope="session")
 def megatron_on_cpu() -> None:
     """Makes Megatron importable; takes some seconds, and PyTorch stays redirected for the tests that follow."""

@@ -41,7 +41,14 @@ class Outcome:
 class Command:
     """A running command in a session of its own, as a terminal or a scheduler would start it."""
 
-    def __init__(self, arguments: list[str], log: Path, prefix: Sequence[str] = (), **variables: str) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        prefix: Sequence[str] = (),
+        python: str = sys.executable,
+        **variables: str,
+    ) -> None:
         """Starts ``prefix python arguments`` in the repository, offline, on the CPU, one thread a process."""
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
@@ -53,7 +60,7 @@ class Command:
         self.log = log
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, *arguments],
+                [*prefix, python, *arguments],
                 cwd=REPO,
                 env=environment,
                 stdout=file,
@@ -119,12 +126,14 @@ class TinyRecipe:
         train_file: The training pairs.
         eval_file: The held-out pairs.
         logs: Where commands print to.
+        python: The interpreter that runs them.
     """
 
     cache_dir: Path
     train_file: Path
     eval_file: Path
     logs: Path
+    python: str = sys.executable
 
     def arguments(self, run_dir: Path, *overrides: str) -> list[str]:
         """Returns the recipe and its overrides as the command line takes them."""
@@ -155,7 +164,8 @@ class TinyRecipe:
 
     def command(self, *arguments: str, prefix: Sequence[str] = (), **variables: str) -> Command:
         """Starts ``prefix python arguments`` with environment ``variables``, its output in a new file."""
-        return Command(list(arguments), self.logs / f"{len(list(self.logs.iterdir()))}.txt", prefix, **variables)
+        log = self.logs / f"{len(list(self.logs.iterdir()))}.txt"
+        return Command(list(arguments), log, prefix, self.python, **variables)
 
 
 def hub_folder(hub_id: str, home: Path) -> Path:

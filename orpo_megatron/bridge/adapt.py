@@ -18,14 +18,16 @@ from transformers import PretrainedConfig
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import check_provider, fit_to_rows, make_bridge
-from orpo_megatron.bridge.prepare import Prepared, load_hf_config, model_source
-from orpo_megatron.bridge.recipe import EXACT_SETTINGS, LAYOUT_SETTINGS, Recipe, build_recipe
+from orpo_megatron.bridge.prepare import load_hf_config, model_source
+from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, Recipe, build_recipe
 from orpo_megatron.bridge.rundir import plan_run, write_records
 from orpo_megatron.bridge.train import make_dataset
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank, say
 from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.step import ForwardStep, make_forward_step
+from orpo_megatron.data.prepare import Prepared
+from orpo_megatron.exact import EXACT_SETTINGS
 
 #: Another way to spread weights or ranks altogether: not put right by turning it off.
 _STRATEGIES = ("fsdp", "decentralized_pg", "hybrid_context_parallel")

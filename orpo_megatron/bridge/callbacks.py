@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_model_config
 
 from orpo_megatron.bridge.rundir import METRICS as METRICS_FILE
 from orpo_megatron.console import Progress, rank
-from orpo_megatron.core.moe import auxiliary_losses, has_auxiliary_loss
+from orpo_megatron.core.moe import has_auxiliary_loss
+from orpo_megatron.core.moe_log import auxiliary_losses
+from orpo_megatron.core.ranks import on_rank_0
 from orpo_megatron.data.plan import StepPlan
-from orpo_megatron.metrics import METRICS, count_pairs, evaluation_metrics
+from orpo_megatron.metrics import count_pairs, evaluation_metrics
 
 
 class RunMonitor(Callback):
@@ -135,23 +136,3 @@ def keep_until(path: Path, step: int) -> None:
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     fresh.replace(path)
-
-
-def on_rank_0(metrics: Mapping[str, torch.Tensor], names: Sequence[str] = tuple(METRICS)) -> dict[str, float]:
-    """Brings the metrics, which only the last pipeline stage knows, to rank 0.
-
-    Args:
-        metrics: Averages by name; empty on every rank but those of the last pipeline stage.
-        names: Which of them, the same on every rank.
-
-    Returns:
-        The metrics as floats, in the order of ``names``; a metric that counted nothing is NaN.
-    """
-    values = torch.full((len(names),), float("nan"), dtype=torch.float64, device=torch.cuda.current_device())
-    if metrics:
-        values = torch.stack([metrics[name].double().reshape(()) for name in names])
-    if dist.get_world_size() > 1:
-        # Ranks number the places in a grid of parallel sizes, whatever its order of axes, so the last rank has the
-        # last place along each of them: it lies on the last stage.
-        dist.broadcast(values, src=dist.get_world_size() - 1)
-    return dict(zip(names, values.tolist(), strict=True))

@@ -13,7 +13,7 @@ from orpo_megatron.versions import source_hash, versions
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from orpo_megatron.bridge.prepare import Prepared
+    from orpo_megatron.data.prepare import Prepared
 
 _SAME_SOFTWARE = "Install the same on every node, or start the same container image."
 _SAME_COMMAND = "Start the same recipe with the same overrides on every node."

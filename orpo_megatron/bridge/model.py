@@ -22,6 +22,7 @@ from orpo_megatron.bridge.mapping import check_covered
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
+from orpo_megatron.core.fusions import turn_off_fusions
 from orpo_megatron.core.moe import has_auxiliary_loss
 
 # A checkpoint names the layer specification and the data set by their import paths.
@@ -264,16 +265,5 @@ def fit_to_machine(provider: GPTModelProvider) -> None:
     if not takes_local_layers():
         return
     use_local_layers(provider)
-    for fusion in (
-        "apply_rope_fusion",
-        "bias_activation_fusion",
-        "bias_dropout_fusion",
-        "gradient_accumulation_fusion",
-        "masked_softmax_fusion",
-        "moe_grouped_gemm",
-        "moe_permute_fusion",
-        "moe_router_fusion",
-        "persist_layer_norm",
-    ):
-        setattr(provider, fusion, False)
+    turn_off_fusions(provider)
     provider.use_cpu_initialization = not torch.cuda.is_available()

@@ -8,19 +8,17 @@ import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from orpo_megatron.bridge.prefix import choose_prefix
+from orpo_megatron.bridge.prefix import prefix_conflict
 from orpo_megatron.bridge.recipe import Recipe, check_layout
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.cache import build_once
-from orpo_megatron.data.plan import StepPlan, make_eval_plan, make_plan
-from orpo_megatron.data.sources import first_line, load_tokenizer, resolve
-from orpo_megatron.data.store import PairStore, prepare
+from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
+from orpo_megatron.data.sources import first_line, resolve
 
 #: Keys of a config.json that do not say what is computed in training.
 _NOT_ARCHITECTURE = {
@@ -37,25 +35,6 @@ _NOT_ARCHITECTURE = {
     "transformers_version",
     "use_cache",
 }
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Data and plans of a run.
-
-    Attributes:
-        store: Token ids of the training pairs.
-        plan: Their steps.
-        eval_store: Token ids of the held-out pairs, if the recipe has any.
-        eval_plan: An evaluation's steps.
-        prompts: What was decided about prompts, in words.
-    """
-
-    store: PairStore
-    plan: StepPlan
-    eval_store: PairStore | None
-    eval_plan: StepPlan | None
-    prompts: str
 
 
 def model_source(recipe: Recipe) -> str:
@@ -195,59 +174,25 @@ def prepare_run(
         ConfigError: If the data, the tokenizer or the layout do not fit.
     """
     check_layout(recipe, hf_config, world_size)
-    data, cache = recipe.data, recipe.cache_dir
-    tokenizer = load_tokenizer(recipe.tokenizer, cache, data.chat_template)
-    vocab_size = getattr(hf_config, "vocab_size", None)
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"The tokenizer {recipe.tokenizer} has {len(tokenizer)} tokens but the model's vocabulary has "
-            f"{vocab_size}. Use the model's own tokenizer (leave data.tokenizer out) or a model with more."
-        )
-
-    def store_of(sources: str | list[str], split: str, role: str) -> PairStore:
-        return prepare(
-            sources,
-            split,
-            config=data,
-            tokenizer_name=recipe.tokenizer,
-            cache_dir=cache,
-            role=role,
-            show_progress=show_progress,
-        )
-
-    store = store_of(data.train, data.train_split, "train")
-    eval_store = store_of(data.eval, data.eval_split, "eval") if data.eval is not None else None
-    rows_at_once, multiple = recipe.data_parallel_size(world_size), sequence_multiple(recipe)
+    rows_at_once = recipe.data_parallel_size(world_size)
     if recipe.parallel_size("virtual_pipeline_model") > 1:
         # The interleaved schedule takes microbatches in groups, one for each stage by default.
         group = recipe.setting("model.microbatch_group_size_per_vp_stage", recipe.parallel_size("pipeline_model"))
         rows_at_once *= int(group)
-    prefix = choose_prefix(recipe, hf_config, store.lengths)
-    plan = make_plan(
-        store.lengths,
+    return prepare_data(
+        recipe.data,
+        tokenizer_name=recipe.tokenizer,
+        cache_dir=str(recipe.cache_dir),
+        vocab_size=getattr(hf_config, "vocab_size", None),
         nll_scope=recipe.orpo.nll_scope,
-        pairs_per_step=data.pairs_per_step,
-        num_steps=num_steps(recipe, len(store)),
         seed=recipe.seed,
-        shuffle=data.shuffle,
-        max_tokens_per_row=data.row_budget,
+        num_steps=lambda num_pairs: num_steps(recipe, num_pairs),
         rows_multiple_of=rows_at_once,
-        rows_per_step=rows_per_step or data.rows_per_step,
-        sequence_multiple_of=multiple,
-        share_prefix=prefix.shared,
+        sequence_multiple_of=sequence_multiple(recipe),
+        rows_per_step=rows_per_step,
+        prefix_conflict=prefix_conflict(recipe, hf_config),
+        show_progress=show_progress,
     )
-    eval_plan = None
-    if eval_store is not None:
-        eval_plan = make_eval_plan(
-            eval_store.lengths,
-            nll_scope=recipe.orpo.nll_scope,
-            pairs_per_step=data.pairs_per_step,
-            max_tokens_per_row=data.row_budget,
-            rows_multiple_of=rows_at_once,
-            sequence_multiple_of=multiple,
-            share_prefix=prefix.shared,
-        )
-    return Prepared(store, plan, eval_store, eval_plan, prefix.why)
 
 
 def num_steps(recipe: Recipe, num_pairs: int) -> int:
@@ -271,10 +216,7 @@ def sequence_multiple(recipe: Recipe) -> int:
         block = precision.get("fp8_recipe") == "mxfp8"
     if fp4:
         raise ConfigError(f"mixed_precision ({precision}) must not be FP4: this version does not train with it.")
-    # Each rank's tokens in multiples of 32 for MXFP8 and of 16 for other FP8 (Megatron-Core 0.19, fp8_utils).
-    kernels = ranks * (32 if block else 16 if fp8 else 1)
-    # Context parallel cuts each sequence into two chunks a rank.
-    return math.lcm(kernels, 2 * cp if cp > 1 else 1, recipe.data.pad_to_multiple_of)
+    return split_multiple(ranks, cp, fp8=fp8, mxfp8=block, pad_to_multiple_of=recipe.data.pad_to_multiple_of)
 
 
 def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:

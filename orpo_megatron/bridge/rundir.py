@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
-from orpo_megatron.bridge.prepare import Prepared, prepare_run
+from orpo_megatron.bridge.prepare import prepare_run
 from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank
+from orpo_megatron.data.prepare import Prepared
 from orpo_megatron.modelcard import model_card
 from orpo_megatron.versions import versions
 

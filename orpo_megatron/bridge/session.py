@@ -31,7 +31,6 @@ from megatron.core.utils import get_model_config, unwrap_model
 from transformers import PretrainedConfig
 
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.bridge.callbacks import on_rank_0
 from orpo_megatron.bridge.container import PreferenceData, make_container
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.parity import (
@@ -46,6 +45,7 @@ from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.train import finalise
 from orpo_megatron.config import OrpoConfig
 from orpo_megatron.console import rank
+from orpo_megatron.core.ranks import on_rank_0
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.metrics import METRICS, count_pairs, evaluation_metrics
 

@@ -23,7 +23,6 @@ from orpo_megatron.bridge.container import PreferenceData, RowStream, make_conta
 from orpo_megatron.bridge.export import companions_of, write_model
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import make_bridge, make_provider
-from orpo_megatron.bridge.prepare import Prepared
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import CHECKPOINTS, latest_step, partial_export
 from orpo_megatron.config import ConfigError, PeerError
@@ -31,6 +30,7 @@ from orpo_megatron.console import rank
 from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.data.dataset import PackedRows
+from orpo_megatron.data.prepare import Prepared
 
 
 def build(

@@ -1,11 +1,9 @@
-"""What a mixture of experts needs beside the loss: padding kept from the router, its auxiliary losses for the log."""
+"""What a mixture of experts needs beside the loss: padding kept from the router, and which losses it adds."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 
@@ -44,35 +42,10 @@ def router_padding_mask(
 
 def has_auxiliary_loss(config: TransformerConfig) -> bool:
     """Returns whether the routers add losses of their own in training."""
-    return bool(_auxiliary_losses(config))
+    return bool(auxiliary_loss_names(config))
 
 
-def auxiliary_losses(config: TransformerConfig, num_microbatches: int) -> dict[str, float]:
-    """Returns the routers' auxiliary losses in the training step that just ran, without their coefficients.
-
-    Each is the mean over layers, microbatches and data-parallel ranks, which share the global balancing loss. All
-    ranks must call it, before the losses are cleared (Bridge clears them when it logs the step); it changes nothing.
-
-    Args:
-        config: The model's configuration.
-        num_microbatches: Microbatches of the step on this rank.
-    """
-    tracker, losses = get_moe_metrics_tracker(), dict[str, float]()
-    for name in _auxiliary_losses(config):
-        tracker.ensure_initialized(name, config.num_layers)  # a stage may have no router
-        values = tracker.metrics[name].values.double()
-        # Each stage knows its own layers; the ranks of a balancing loss's group hold parts of it, every rank a z-loss.
-        sharing = parallel_state.get_tensor_and_context_parallel_group()
-        replicas = parallel_state.get_data_parallel_group()
-        for group in (parallel_state.get_pipeline_model_parallel_group(), sharing, replicas):
-            dist.all_reduce(values, group=group)
-        copies = {"global_load_balancing_loss": 1, "z_loss": sharing.size() * replicas.size()}
-        count = _num_moe_layers(config) * num_microbatches * copies.get(name, replicas.size())
-        losses[name] = float(values.sum()) / count
-    return losses
-
-
-def _auxiliary_losses(config: TransformerConfig) -> list[str]:
+def auxiliary_loss_names(config: TransformerConfig) -> list[str]:
     """Returns the names of the auxiliary losses that are on."""
     if not config.num_moe_experts:
         return []
@@ -81,9 +54,3 @@ def _auxiliary_losses(config: TransformerConfig) -> list[str]:
         kinds, coefficients = [kinds], [coefficients]
     names = [_BALANCING_LOSSES[k] for k, c in zip(kinds, coefficients, strict=True) if k in _BALANCING_LOSSES and c]
     return names + (["z_loss"] if config.moe_z_loss_coeff else [])
-
-
-def _num_moe_layers(config: TransformerConfig) -> int:
-    """Returns how many layers have a router."""
-    frequency = config.moe_layer_freq
-    return sum(frequency) if isinstance(frequency, list) else -(-config.num_layers // frequency)

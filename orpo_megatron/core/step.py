@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core.utils import get_model_config
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.config import OrpoConfig
-from orpo_megatron.core.head import score_tokens
+from orpo_megatron.core.head import call_with_head, score_tokens
 from orpo_megatron.core.moe import router_padding_mask
 from orpo_megatron.core.positions import check_takes_shared_prefix, follow_positions
 from orpo_megatron.core.row import row_params
@@ -23,6 +24,67 @@ from orpo_megatron.segments import context_shard, pair_logps
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[[Iterator[PackedRow], torch.nn.Module], tuple[torch.Tensor, LossFunction]]
 Observer = Callable[[PackedRow, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One packed row, as a rank takes it from its data.
+
+    Attributes:
+        row: The whole row, on the CPU.
+        share: What this context-parallel rank holds of it, on its device.
+    """
+
+    row: PackedRow
+    share: PackedRow
+
+
+def take_microbatch(row: PackedRow) -> Microbatch:
+    """Returns a row with this rank's share of it."""
+    cp_group = parallel_state.get_context_parallel_group()
+    share = context_shard(row, cp_group.size(), cp_group.rank())
+    return Microbatch(row, share.to(torch.cuda.current_device()))
+
+
+def make_forward(
+    objective: OrpoConfig, vocab_size: int | None = None
+) -> Callable[[Microbatch, torch.nn.Module], torch.Tensor]:
+    """Makes the call of the model, which has the head in place of its logits.
+
+    Args:
+        objective: Says how the head works.
+        vocab_size: Ids of the vocabulary without padding, where the model's configuration does not tell
+            (see ``score_tokens``).
+
+    Returns:
+        ``forward(microbatch, model)``, which returns log-probs of the share's scored tokens, fp32 [n], on the last
+        pipeline stage, and hidden states on others.
+    """
+    head = partial(score_tokens, mode=objective.head, cache_bytes=int(objective.head_cache_gib * 2**30))
+    score = head if vocab_size is None else partial(head, vocab_size=vocab_size)
+    checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def forward(microbatch: Microbatch, model: torch.nn.Module) -> torch.Tensor:
+        row, share = microbatch.row, microbatch.share
+        cp_group = parallel_state.get_context_parallel_group()
+        if row.shares_prefix or not share.tokens.is_cuda:
+            follow_positions(model)
+        if row.shares_prefix and model not in checked:
+            check_takes_shared_prefix(model)
+            checked.add(model)
+        padding_mask = router_padding_mask(share.padding_mask, model, get_model_config(model))
+        return call_with_head(
+            model,
+            score,
+            share,
+            input_ids=share.tokens.unsqueeze(0),
+            position_ids=share.position_ids.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=row_params(row, share.tokens.device, cp_group.size(), cp_group.rank()),
+            **({} if padding_mask is None else {"padding_mask": padding_mask}),
+        )
+
+    return forward
 
 
 def make_forward_step(
@@ -40,31 +102,14 @@ def make_forward_step(
         ``forward_step(data_iterator, model) -> (output, loss_function)`` for Megatron-Core's schedules. It takes
         one ``PackedRow`` a microbatch and wants ``config.calculate_per_token_loss`` to be False.
     """
-    score = partial(score_tokens, mode=objective.head, cache_bytes=int(objective.head_cache_gib * 2**30))
-    checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    forward = make_forward(objective)
 
     def forward_step(data_iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        whole_row = next(data_iterator)
-        cp_group = parallel_state.get_context_parallel_group()
-        device, cp = torch.cuda.current_device(), (cp_group.size(), cp_group.rank())
-        row = context_shard(whole_row, *cp).to(device)
-        if whole_row.shares_prefix or not row.tokens.is_cuda:
-            follow_positions(model)
-        if whole_row.shares_prefix and model not in checked:
-            check_takes_shared_prefix(model)
-            checked.add(model)
-        output = model(
-            input_ids=row.tokens.unsqueeze(0),
-            position_ids=row.position_ids.unsqueeze(0),
-            attention_mask=None,
-            padding_mask=router_padding_mask(row.padding_mask, model, get_model_config(model)),
-            packed_seq_params=row_params(whole_row, device, *cp),
-            output_processor=score,
-            output_processor_context=row,
-        )
-        seen = partial(observe, whole_row) if observe is not None and model.training else None
+        microbatch = take_microbatch(next(data_iterator))
+        output = forward(microbatch, model)
+        seen = partial(observe, microbatch.row) if observe is not None and model.training else None
         return output, partial(
-            row_loss, row, objective, num_microbatches(), by_length=not model.training, observe=seen
+            row_loss, microbatch.share, objective, num_microbatches(), by_length=not model.training, observe=seen
         )
 
     return forward_step

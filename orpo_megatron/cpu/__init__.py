@@ -25,7 +25,7 @@ _FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "linspace", 
 
 
 def activate() -> bool:
-    """Redirects CUDA calls to the CPU where this machine has no GPU; call it before Megatron is imported.
+    """Redirects CUDA calls to the CPU where this machine has no GPU; call it before Megatron-Bridge is imported.
 
     Returns:
         True if this process now runs on the CPU, False if PyTorch sees a GPU and nothing was changed.
@@ -39,11 +39,14 @@ def activate() -> bool:
         return False
     # Megatron decorates functions with torch.compile; compiling them costs a CPU run minutes and wins nothing.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "megatron.core" in sys.modules:  # NeMo has imported it already
+        torch.compiler.set_stance("force_eager")
     _redirect_devices()
     _redirect_cuda_runtime()
     _redirect_distributed()
     _stand_in_for_gpu_packages()
     _redirect_megatron()
+    _redirect_nemo()
     _active = True
     return True
 
@@ -140,6 +143,8 @@ class _Properties:
 def _redirect_cuda_runtime() -> None:
     """Answers questions to the CUDA runtime as an idle device would; ``is_available`` keeps telling the truth."""
     import torch
+
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # with 1, which Lightning sets, it goes by device_count
 
     def constant(value: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: value
@@ -312,6 +317,19 @@ def _redirect_megatron() -> None:
     _fuse_adam(MegatronOptimizer)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
+
+
+def _redirect_nemo() -> None:
+    """What in NeMo needs a GPU, where NeMo is imported."""
+    if "nemo.lightning" not in sys.modules:
+        return
+    from nemo.lightning import nemo_logger
+    from nemo.lightning.io import pl
+
+    # It asks whether a checkpoint callback is one of nvidia_resiliency_ext's, whether that is there or not.
+    nemo_logger.lcp = _StandIn("nvidia_resiliency_ext.ptl_resiliency.local_checkpoint_callback")
+    # It asserts that CUDA is there to move what it loaded from one GPU to another.
+    pl._fix_tensors_device = lambda checkpoint: checkpoint
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

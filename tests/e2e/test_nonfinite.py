@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from launch import BETA, TINY, TinyRecipe, read_metrics, worst_errors
 from orpo_megatron.bridge.kept import load_rows
-from orpo_megatron.bridge.prepare import Prepared, load_hf_config, model_source, prepare_run
+from orpo_megatron.bridge.prepare import load_hf_config, model_source, prepare_run
 from orpo_megatron.bridge.recipe import load_recipe
+from orpo_megatron.data.prepare import Prepared
 
 pytestmark = pytest.mark.slow
 

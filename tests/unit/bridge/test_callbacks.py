@@ -56,7 +56,7 @@ def test_there_need_not_be_a_metrics_file(bridge_on_cpu: None, tmp_path: Path) -
 
 
 def test_one_process_keeps_its_metrics_in_order(bridge_on_cpu: None, one_rank: None) -> None:
-    from orpo_megatron.bridge.callbacks import on_rank_0
+    from orpo_megatron.core.ranks import on_rank_0
 
     given = {name: torch.tensor([float(number)]) for number, name in enumerate(METRICS)}
     shuffled = dict(reversed(list(given.items())))
@@ -66,7 +66,7 @@ def test_one_process_keeps_its_metrics_in_order(bridge_on_cpu: None, one_rank: N
 
 
 def test_an_evaluation_brings_other_names_in_their_order(bridge_on_cpu: None, one_rank: None) -> None:
-    from orpo_megatron.bridge.callbacks import on_rank_0
+    from orpo_megatron.core.ranks import on_rank_0
 
     given = {name: torch.tensor(float(number)) for number, name in enumerate("abc")}
     assert list(on_rank_0(given, ["c", "a"]).items()) == [("c", 2.0), ("a", 0.0)]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from orpo_megatron.bridge.prefix import choose_prefix
+from orpo_megatron.bridge.prefix import prefix_conflict
 from orpo_megatron.bridge.recipe import Recipe, build_recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.plan import PairLengths
+from orpo_megatron.data.prefix import choose_prefix
 
 #: Of 90 tokens, 20 are saved; of 22, 1.
 LONG_PROMPTS = PairLengths(np.array([10, 10]), np.array([15, 20]), np.array([5, 10]))
@@ -39,7 +40,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choice(recipe: Recipe, config: PretrainedConfig = DENSE, lengths: PairLengths = LONG_PROMPTS) -> tuple[bool, str]:
-    chosen = choose_prefix(recipe, config, lengths)
+    chosen = choose_prefix(recipe.data.share_prefix, prefix_conflict(recipe, config), lengths)
     return chosen.shared, chosen.why
 
 

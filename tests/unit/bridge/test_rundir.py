@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from orpo_megatron.bridge.prepare import Prepared, num_steps, prepare_run
+from orpo_megatron.bridge.prepare import num_steps, prepare_run
 from orpo_megatron.bridge.recipe import Recipe, build_recipe
 from orpo_megatron.bridge.rundir import (
     check_same_run,
@@ -28,6 +28,7 @@ from orpo_megatron.bridge.rundir import (
     write_records,
 )
 from orpo_megatron.config import ConfigError
+from orpo_megatron.data.prepare import Prepared
 
 Values = dict[str, Any]
 

@@ -46,10 +46,10 @@ def moe_config(**settings: Any) -> Any:
     ],
 )
 def test_the_auxiliary_losses_that_are_on(megatron_on_cpu: None, settings: dict[str, Any], names: list[str]) -> None:
-    from orpo_megatron.core.moe import _auxiliary_losses, has_auxiliary_loss
+    from orpo_megatron.core.moe import auxiliary_loss_names, has_auxiliary_loss
 
     config = moe_config(**settings)
-    assert _auxiliary_losses(config) == names
+    assert auxiliary_loss_names(config) == names
     assert has_auxiliary_loss(config) is bool(names)
 
 
@@ -60,14 +60,14 @@ def test_layers_with_a_router_are_counted(
     megatron_on_cpu: None, num_layers: int, frequency: int | list[int], count: int
 ) -> None:
     """A frequency of f means the first of every f layers."""
-    from orpo_megatron.core.moe import _num_moe_layers
+    from orpo_megatron.core.moe_log import _num_moe_layers
 
     assert _num_moe_layers(moe_config(num_layers=num_layers, moe_layer_freq=frequency)) == count
 
 
 def test_a_loss_is_the_mean_over_layers_and_microbatches(tracker: Any) -> None:
     """Layers 1 and 3 have routers; two microbatches leave 2 + 4 and 1 + 5 in the tracker: 12 over 4."""
-    from orpo_megatron.core.moe import auxiliary_losses
+    from orpo_megatron.core.moe_log import auxiliary_losses
 
     config = moe_config(moe_layer_freq=2, moe_aux_loss_coeff=0.01, moe_z_loss_coeff=1e-3)
     for layer, value in ((1, 2.0), (3, 4.0), (1, 1.0), (3, 5.0)):

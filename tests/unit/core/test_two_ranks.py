@@ -66,7 +66,7 @@ def route(rank: int) -> dict[str, dict[str, float]]:
     from megatron.core.transformer.moe import moe_logging
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from orpo_megatron.core.moe import auxiliary_losses
+    from orpo_megatron.core.moe_log import auxiliary_losses
 
     kinds = ["aux_loss", "seq_aux_loss", "global_aux_loss"]
     config = moe_config(

@@ -1,0 +1,34 @@
+"""Megatron's settings at which the loss is exact, under Megatron-Bridge's names for their sections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LAYOUT = "the loss would depend on how ranks are laid out"
+_VARYING = "rows differ in length"
+#: Settings that must keep the value at which a run is exact and whole, and why. The section ``model`` is
+#: Megatron-Core's ``TransformerConfig``.
+EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
+    "model.hidden_dropout": (0.0, _LAYOUT),
+    "model.attention_dropout": (0.0, _LAYOUT),
+    "peft.dropout": (0.0, _LAYOUT),
+    "model.calculate_per_token_loss": (False, "the loss is divided by counts of the whole global batch already"),
+    "ddp.check_for_nan_in_grad": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
+    "ddp.check_for_large_grads": (False, "one rank would fail while the others wait, see run.on_nonfinite"),
+    "ddp.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
+    "dist.use_megatron_fsdp": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
+    "dist.use_torch_fsdp2": (False, "the loss is tested with Megatron's DistributedDataParallel only"),
+    "dist.use_decentralized_pg": (False, "the loss asks Megatron-Core's parallel_state for its groups"),
+    "model.moe_expert_capacity_factor": (None, _LAYOUT),
+    "model.moe_expert_rank_capacity_factor": (None, _LAYOUT),
+    "model.moe_input_jitter_eps": (None, _LAYOUT),
+    "model.moe_router_force_load_balancing": (False, "it routes at random"),
+    "model.moe_router_force_biased": (None, "it routes at random"),
+    "model.tp_comm_overlap": (False, f"its buffers have one size, and {_VARYING}"),
+    "comm_overlap.tp_comm_overlap": (False, f"its buffers have one size, and {_VARYING}"),
+    "model.overlap_moe_expert_parallel_comm": (False, "its schedule takes no output processor"),
+    "comm_overlap.overlap_moe_expert_parallel_comm": (False, "its schedule takes no output processor"),
+    "model.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
+    "comm_overlap.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
+    "model.hybrid_context_parallel": (False, "its schedule packs rows by itself"),
+}

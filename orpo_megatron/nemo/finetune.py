@@ -1,0 +1,154 @@
+"""``nemo llm orpo``: an ORPO run in NeMo's own training loop."""
+
+# Annotations are evaluated at once here: NeMo-Run reads them.
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import lightning.pytorch as pl
+import nemo_run as run
+from nemo.collections import llm
+from nemo.lightning.pytorch.callbacks import PEFT
+
+from nemo import lightning as nl
+from orpo_megatron.config import ConfigError, DataConfig, OrpoConfig, build_section
+from orpo_megatron.console import rank, say
+from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
+from orpo_megatron.machine import use_machine
+from orpo_megatron.metrics import count_pairs
+from orpo_megatron.nemo.callback import OrpoMetrics
+from orpo_megatron.nemo.data import PreferenceDataModule
+from orpo_megatron.nemo.fit import check_model, check_peft, check_trainer, fit_model, prefix_conflict
+from orpo_megatron.nemo.loss import register
+
+
+# Optional[...] rather than a bar: NeMo-Run's parser of command lines knows no other form.
+@run.cli.entrypoint(namespace="llm")
+def orpo(
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    trainer: nl.Trainer,
+    log: Annotated[Optional[nl.NeMoLogger], run.Config[nl.NeMoLogger]] = None,  # noqa: UP045
+    resume: Annotated[Optional[nl.AutoResume], run.Config[nl.AutoResume]] = None,  # noqa: UP045
+    optim: Optional[nl.OptimizerModule] = None,  # noqa: UP045
+    peft: Optional[PEFT] = None,  # noqa: UP045
+    objective: OrpoConfig = OrpoConfig(),  # noqa: B008  (frozen)
+) -> Path:
+    """Aligns a model by ORPO, as ``llm.finetune`` would fine-tune it.
+
+    Args:
+        model: A ``GPTModel`` of ``nemo.collections.llm``; its weights come by ``resume``.
+        data: A ``PreferenceDataModule``.
+        trainer: With a ``MegatronStrategy``. ``max_steps`` is the number of optimizer steps.
+        log: NeMo's logger and checkpoints.
+        resume: Where weights come from, and whether a run goes on.
+        optim: Optimizer and schedule; by default the model's.
+        peft: Adapters to train in place of the weights.
+        objective: Weight and scope of the loss, and how the head works.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        ConfigError: If something does not fit, or cannot be exact.
+    """
+    use_machine()
+    if not isinstance(data, PreferenceDataModule):
+        raise ConfigError(f"data ({type(data).__name__}) must be a PreferenceDataModule of orpo_megatron.nemo.")
+    # Once more, strictly: NeMo-Run checks names, but not every value.
+    data.pairs = build_section(DataConfig, dataclasses.asdict(data.pairs), "data.pairs")
+    objective = build_section(OrpoConfig, dataclasses.asdict(objective), "objective")
+    check_model(model)
+    check_trainer(trainer, has_eval=data.pairs.eval is not None)
+    check_peft(peft)
+    prepared = _prepare(model, data, trainer, objective)
+    data.use(prepared)
+    changes = fit_model(model, trainer, prepared.plan.share_prefix)
+    register(model, objective)
+    lengths = prepared.eval_plan.lengths if prepared.eval_plan else None
+    trainer.callbacks.append(OrpoMetrics(count_pairs(lengths.chosen, lengths.rejected) if lengths else {}))
+    if rank() == 0:
+        for line in (
+            prepared.store.report.summary(),
+            f"{prepared.plan.summary()}\nprompts      {prepared.prompts}",
+            f"objective    beta {objective.beta:g}, NLL over {objective.nll_scope} by {objective.nll_reduction}",
+            *changes,
+        ):
+            say(str(line))
+    return llm.train(
+        model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim, model_transform=peft
+    )
+
+
+def _prepare(model: Any, data: PreferenceDataModule, trainer: nl.Trainer, objective: OrpoConfig) -> Prepared:
+    """Tokenises and plans the run, with one row count for training and evaluation."""
+    strategy, config = trainer.strategy, model.config
+    tp, cp = strategy.tensor_model_parallel_size, strategy.context_parallel_size
+    precision = getattr(strategy.precision_plugin, "dtype_config", None)
+    fp8 = getattr(precision, "fp8", None)
+    prepared = prepare_data(
+        data.pairs,
+        tokenizer_name=_tokenizer_name(data, model),
+        cache_dir=data.cache_dir,
+        vocab_size=config.vocab_size,
+        nll_scope=objective.nll_scope,
+        seed=data.seed,
+        num_steps=lambda num_pairs: trainer.max_steps,
+        rows_multiple_of=_data_parallel_size(trainer),
+        sequence_multiple_of=split_multiple(
+            (tp if strategy.sequence_parallel and tp > 1 else 1) * cp,
+            cp,
+            fp8=bool(fp8),
+            mxfp8=bool(fp8) and precision.fp8_recipe == "mxfp8",
+            pad_to_multiple_of=data.pairs.pad_to_multiple_of,
+        ),
+        rows_per_step=None,
+        prefix_conflict=prefix_conflict(config),
+        show_progress=rank() == 0,
+    )
+    plan, eval_plan = prepared.plan, prepared.eval_plan
+    if eval_plan is None or eval_plan.rows_per_step == plan.rows_per_step:
+        return prepared
+    # A step that fits some number of rows fits any larger one.
+    rows = max(plan.rows_per_step, eval_plan.rows_per_step)
+    if data.pairs.rows_per_step not in (None, rows):
+        raise ConfigError(
+            f"data.pairs.rows_per_step ({data.pairs.rows_per_step}) must be at least {rows}, which a step of the "
+            "evaluation takes: NeMo has one global batch size for both. Raise it, or leave it out."
+        )
+    return dataclasses.replace(
+        prepared,
+        plan=dataclasses.replace(plan, rows_per_step=rows),
+        eval_plan=dataclasses.replace(eval_plan, rows_per_step=rows),
+    )
+
+
+def _data_parallel_size(trainer: nl.Trainer) -> int:
+    """Returns the number of replicas.
+
+    Raises:
+        ConfigError: If the ranks are no multiple of what a replica takes.
+    """
+    strategy, world_size = trainer.strategy, trainer.num_devices * trainer.num_nodes
+    sizes = [getattr(strategy, f"{k}_size") for k in ("tensor_model_parallel", "pipeline_model_parallel")]
+    tp, pp, cp = *sizes, strategy.context_parallel_size
+    if world_size % (tp * pp * cp):
+        raise ConfigError(
+            f"trainer.devices x trainer.num_nodes ({world_size}) must be a multiple of tensor x pipeline x context "
+            f"parallel size ({tp} x {pp} x {cp} = {tp * pp * cp})."
+        )
+    return int(world_size // (tp * pp * cp))
+
+
+def _tokenizer_name(data: PreferenceDataModule, model: Any) -> str:
+    """Returns the Hugging Face tokenizer that the pairs are made tokens by.
+
+    Raises:
+        ConfigError: If neither the data nor the model names one.
+    """
+    of_model = getattr(getattr(model.tokenizer, "tokenizer", None), "name_or_path", None)
+    name = data.pairs.tokenizer or of_model
+    if not name:
+        raise ConfigError("data.pairs.tokenizer is missing: the model has no Hugging Face tokenizer yet. Name it.")
+    return str(name)
