@@ -144,5 +144,5 @@ def test_a_family_that_needs_transformer_engine_is_refused_by_name(tiny: TinyRec
     data, _ = first_pairs(tiny, tmp_path)
     outcome = run_example(tiny, CASES["gemma"], tmp_path / "home", data, tmp_path / "run").wait()
     assert outcome.code != 0
-    assert "This model has layers of its own (gemma3_layer_spec)" in outcome.output
+    assert "Gemma3ModelProvider builds its model in its own way, which a machine without" in outcome.output
     assert "Train it on a GPU with Transformer Engine." in outcome.output

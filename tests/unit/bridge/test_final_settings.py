@@ -120,7 +120,7 @@ def test_layers_of_a_models_own_are_not_replaced_by_others(two_ranks: None, tmp_
     """Gemma's attend to a window in some layers and norm their outputs, which no plain layer does."""
     gemma = LLAMA | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "head_dim": 16}
     with pytest.raises(
-        ConfigError, match=r"This model has layers of its own \(gemma3_layer_spec\), for which a machine without"
+        ConfigError, match=r"Gemma3ModelProvider builds its model in its own way, which a machine without"
     ):
         finalised(tmp_path, gemma, {})
 
