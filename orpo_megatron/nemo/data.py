@@ -1,6 +1,6 @@
 """Packed preference pairs as a Lightning data module, in plan order."""
 
-from __future__ import annotations
+# Annotations are evaluated at once here: NeMo-Run reads them.
 
 from typing import Any
 
@@ -16,6 +16,9 @@ from orpo_megatron.data.dataset import PackedRows, collate_fn
 from orpo_megatron.data.plan import StepPlan
 from orpo_megatron.data.prepare import Prepared
 from orpo_megatron.data.store import PairStore
+from orpo_megatron.nemo.commandline import readable
+
+readable(DataConfig)
 
 
 class PreferenceDataModule(pl.LightningDataModule):

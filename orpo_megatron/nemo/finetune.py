@@ -18,9 +18,12 @@ from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
 from orpo_megatron.machine import use_machine
 from orpo_megatron.metrics import count_pairs
 from orpo_megatron.nemo.callback import OrpoMetrics
+from orpo_megatron.nemo.commandline import readable
 from orpo_megatron.nemo.data import PreferenceDataModule
 from orpo_megatron.nemo.fit import check_model, check_peft, check_trainer, fit_model, prefix_conflict
 from orpo_megatron.nemo.loss import register
+
+readable(OrpoConfig)
 
 
 # Optional[...] rather than a bar: NeMo-Run's parser of command lines knows no other form.
