@@ -28,5 +28,6 @@ def _plain(hint: Any) -> Any:
     """Returns a type without bars."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint
-    options = sorted(typing.get_args(hint), key=lambda option: typing.get_origin(option) is not list)
+    options: list[Any] = list(typing.get_args(hint))
+    options.sort(key=lambda option: str(typing.get_origin(option)) != str(list))
     return typing.Union[tuple(options)]  # noqa: UP007  (made of a tuple)
