@@ -182,7 +182,7 @@ def prepare_run(
     return prepare_data(
         recipe.data,
         tokenizer_name=recipe.tokenizer,
-        cache_dir=str(recipe.cache_dir),
+        cache_dir=recipe.cache_dir,
         vocab_size=getattr(hf_config, "vocab_size", None),
         nll_scope=recipe.orpo.nll_scope,
         seed=recipe.seed,

@@ -370,7 +370,8 @@ def _mend_adam_checkpoints(cls: Any) -> None:
 
     @functools.wraps(set_states)
     def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, model_param, {**tensors, "step": None})  # what is no tensor stays as it is
+        own = self._get_main_param_and_optimizer_states(model_param)
+        set_states(self, model_param, {**tensors, "step": own.get("step")})
 
     cls.sharded_state_dict, cls.load_state_dict = sharded_state_dict, load_state_dict
     cls._set_main_param_and_optimizer_states = set_states_but_step

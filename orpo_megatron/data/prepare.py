@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from orpo_megatron.config import ConfigError, DataConfig
 from orpo_megatron.data.plan import NllScope, StepPlan, make_eval_plan, make_plan
@@ -36,7 +37,7 @@ def prepare_data(
     data: DataConfig,
     *,
     tokenizer_name: str,
-    cache_dir: str,
+    cache_dir: str | Path,
     vocab_size: int | None,
     nll_scope: NllScope,
     seed: int,
@@ -86,7 +87,7 @@ def prepare_data(
 
     store = store_of(data.train, data.train_split, "train")
     eval_store = store_of(data.eval, data.eval_split, "eval") if data.eval is not None else None
-    prefix = choose_prefix(data.share_prefix, prefix_conflict, store.lengths)  # type: ignore[arg-type]  (now a word)
+    prefix = choose_prefix(str(data.share_prefix), prefix_conflict, store.lengths)  # a word by now
     plan = make_plan(
         store.lengths,
         nll_scope=nll_scope,

@@ -1,6 +1,6 @@
 """Packed preference pairs as a Lightning data module, in plan order."""
 
-from __future__ import annotations
+# Annotations are evaluated at once here: NeMo-Run reads them.
 
 from typing import Any
 
@@ -16,6 +16,9 @@ from orpo_megatron.data.dataset import PackedRows, collate_fn
 from orpo_megatron.data.plan import StepPlan
 from orpo_megatron.data.prepare import Prepared
 from orpo_megatron.data.store import PairStore
+from orpo_megatron.nemo.commandline import readable
+
+readable(DataConfig)
 
 
 class PreferenceDataModule(pl.LightningDataModule):
@@ -85,8 +88,9 @@ class PreferenceDataModule(pl.LightningDataModule):
 
     def reconfigure_limit_batches(self) -> None:
         """Has NeMo read every row, and count in microbatches what Lightning would count in steps."""
-        self.trainer.limit_train_batches = 1.0
-        self.trainer.limit_val_batches = 1.0 if self.prepared.eval_plan else 0.0
+        self.trainer.limit_train_batches = self.trainer.limit_val_batches = 1.0
+        if self.prepared.eval_plan is None:
+            self.trainer.limit_val_batches, self.trainer.val_check_interval = 0.0, 1.0
         self.trainer.num_sanity_val_steps *= get_num_microbatches()
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,9 +18,12 @@ from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
 from orpo_megatron.machine import use_machine
 from orpo_megatron.metrics import count_pairs
 from orpo_megatron.nemo.callback import OrpoMetrics
+from orpo_megatron.nemo.commandline import readable
 from orpo_megatron.nemo.data import PreferenceDataModule
 from orpo_megatron.nemo.fit import check_model, check_peft, check_trainer, fit_model, prefix_conflict
 from orpo_megatron.nemo.loss import register
+
+readable(OrpoConfig)
 
 
 # Optional[...] rather than a bar: NeMo-Run's parser of command lines knows no other form.
@@ -85,8 +88,8 @@ def _prepare(model: Any, data: PreferenceDataModule, trainer: nl.Trainer, object
     """Tokenises and plans the run, with one row count for training and evaluation."""
     strategy, config = trainer.strategy, model.config
     tp, cp = strategy.tensor_model_parallel_size, strategy.context_parallel_size
-    precision = getattr(strategy.precision_plugin, "dtype_config", None)
-    fp8 = getattr(precision, "fp8", None)
+    precision: Any = getattr(strategy.precision_plugin, "dtype_config", None)
+    fp8 = bool(getattr(precision, "fp8", None))
     prepared = prepare_data(
         data.pairs,
         tokenizer_name=_tokenizer_name(data, model),
@@ -99,8 +102,8 @@ def _prepare(model: Any, data: PreferenceDataModule, trainer: nl.Trainer, object
         sequence_multiple_of=split_multiple(
             (tp if strategy.sequence_parallel and tp > 1 else 1) * cp,
             cp,
-            fp8=bool(fp8),
-            mxfp8=bool(fp8) and precision.fp8_recipe == "mxfp8",
+            fp8=fp8,
+            mxfp8=fp8 and precision.fp8_recipe == "mxfp8",
             pad_to_multiple_of=data.pairs.pad_to_multiple_of,
         ),
         rows_per_step=None,

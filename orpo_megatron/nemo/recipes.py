@@ -165,7 +165,7 @@ def tiny_cpu(dir: str = "runs/nemo_tiny_cpu", devices: int = 1, tensor_paralleli
             log_dir=dir,
             use_datetime_version=False,
             ckpt=run.Config(
-                nl.ModelCheckpoint, monitor=None, save_top_k=1, every_n_train_steps=10, save_optim_on_train_end=True
+                nl.ModelCheckpoint, monitor=None, save_top_k=-1, every_n_train_steps=10, save_optim_on_train_end=True
             ),
             tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name="orpo"),
         ),

@@ -57,6 +57,19 @@ def test_importing_the_module_touches_nothing() -> None:
     assert run_python(script) == "[]"
 
 
+def test_lightnings_way_to_look_for_a_gpu_finds_none() -> None:
+    """It asks PyTorch to go by the number of devices, which is 1 here for Megatron."""
+    script = """
+        import os
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        from orpo_megatron import cpu
+        cpu.activate()
+        import torch
+        print(torch.cuda.device_count(), torch.cuda.is_available())
+    """
+    assert run_python(script).splitlines()[-1] == "1 False"
+
+
 def test_activating_twice_redirects_once(megatron_on_cpu: None) -> None:
     from orpo_megatron import cpu
 
