@@ -43,7 +43,7 @@ def test_every_command_is_tested_below() -> None:
         "torchrun --nproc-per-node 2 tools/verify_parity.py recipes/tiny_cpu.yaml model.tensor_model_parallel_size=2",
         f"python tools/convert.py import {TOKENIZER} runs/smollm2_megatron --verify",
         "python tools/convert.py export runs/tiny_cpu runs/tiny_cpu_hf",
-        # test_four_ways.py:
+        # tests/nemo/test_four_ways.py:
         "torchrun --nproc-per-node 2 examples/bridge_recipe.py llama31_8b_sft_2gpu_h100_bf16_config "
         "examples/demo/train.jsonl train.global_batch_size=32 checkpoint.save=runs/llama31_8b/checkpoints "
         "checkpoint.load=runs/llama31_8b/checkpoints",
