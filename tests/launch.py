@@ -21,7 +21,7 @@ from orpo_megatron.bridge.parity import metric_errors
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "recipes" / "tiny_cpu.yaml"
-TIMEOUT = 300.0
+TIMEOUT = 600.0  # a guard against hanging, on a machine that may be busy
 
 BETA = 0.1
 STEPS, EVAL_INTERVAL, SAVE_INTERVAL = 10, 5, 4

@@ -29,7 +29,7 @@ def test_all_four_have_one_loss_and_one_gradient_norm(
 ) -> None:
     elsewhere = dataclasses.replace(tiny, python=os.environ["RECIPE_PYTHON"])
     (source,) = (tiny.cache_dir / "models").glob("random-*")
-    train(tiny, weights, tmp_path / "nemo" / "run", trainer__max_steps=STEPS)
+    train(tiny, weights, tmp_path / "nemo" / "run")
     ways = {
         "a recipe": first_steps(read_metrics(recipe_run)),
         "Bridge's own recipe": with_bridge(elsewhere, source, tmp_path / "bridge"),
@@ -53,7 +53,7 @@ def with_bridge(tiny: TinyRecipe, source: Path, folder: Path) -> Steps:
     """``pretrain(*orpo(config, ...))``, tensor parallel 2."""
     hub, run_dir = hub_folder("meta-llama/Meta-Llama-3.1-8B", folder / "home"), folder / "run"
     shutil.copytree(source, hub, dirs_exist_ok=True)
-    load_tokenizer(TOKENIZER, tiny.cache_dir).save_pretrained(hub)
+    load_tokenizer(TOKENIZER, folder / "cache").save_pretrained(hub)  # of this environment's transformers
     command = the("bridge_recipe.py").replace("examples/demo/train.jsonl", str(tiny.train_file))
     optimizer = {"lr": LR, "min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "clip_grad": 1.0}
     schedule = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
