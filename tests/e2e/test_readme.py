@@ -48,6 +48,9 @@ def test_every_command_is_tested_below() -> None:
         "examples/demo/train.jsonl train.global_batch_size=32 checkpoint.save=runs/llama31_8b/checkpoints "
         "checkpoint.load=runs/llama31_8b/checkpoints",
         "torchrun --nproc-per-node 2 examples/megatron_core.py --train examples/demo/train.jsonl --tensor-parallel 2",
+        # tests/nemo/test_nemo_cli.py:
+        "nemo llm orpo --dryrun --factory llama31_8b data.pairs.train=my_pairs.jsonl objective.beta=0.25",
+        "nemo llm orpo --factory tiny_cpu",
     ]
 
 
