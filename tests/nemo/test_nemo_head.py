@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forks import run_forked
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.config import OrpoConfig
@@ -16,19 +18,23 @@ from orpo_megatron.data.tokens import TokenizedPair
 VOCAB = 64
 
 
-@pytest.fixture(scope="module")
-def one_rank(megatron_on_cpu: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+def alone(function: Callable[[], None]) -> None:
+    """Runs a function in a fork of its own: a process group in this process would not survive the forks of others."""
 
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    def run() -> None:
+        from orpo_megatron import cpu
+
+        cpu.activate()
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        dist.init_process_group("gloo")
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        function()
+
+    run_forked(1, run)
 
 
 def make_model(tied: bool) -> Any:
@@ -80,9 +86,11 @@ def test_this_megatron_core_has_no_output_processor() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("lengths", [[(3, 4, 5), (2, 1, 2)], []], ids=["two pairs", "no pair"])
-def test_log_probs_and_gradients_are_those_of_the_logits(
-    one_rank: None, tied: bool, lengths: list[tuple[int, int, int]]
-) -> None:
+def test_log_probs_and_gradients_are_those_of_the_logits(tied: bool, lengths: list[tuple[int, int, int]]) -> None:
+    alone(lambda: compare_with_logits(tied, lengths))
+
+
+def compare_with_logits(tied: bool, lengths: list[tuple[int, int, int]]) -> None:
     from orpo_megatron.core.row import row_params
     from orpo_megatron.core.step import make_forward, take_microbatch
 
@@ -102,7 +110,11 @@ def test_log_probs_and_gradients_are_those_of_the_logits(
         torch.testing.assert_close(ours_of, theirs_of, rtol=1e-5, atol=1e-5)
 
 
-def test_an_error_in_the_call_leaves_the_output_layer_as_it_was(one_rank: None) -> None:
+def test_an_error_in_the_call_leaves_the_output_layer_as_it_was() -> None:
+    alone(fail_in_the_call)
+
+
+def fail_in_the_call() -> None:
     from orpo_megatron.core.head import call_with_head
     from orpo_megatron.core.row import row_params
 
@@ -124,7 +136,11 @@ def test_an_error_in_the_call_leaves_the_output_layer_as_it_was(one_rank: None) 
     assert "forward" not in vars(model.output_layer)
 
 
-def test_a_shared_prompt_has_the_log_probs_of_two(one_rank: None) -> None:
+def test_a_shared_prompt_has_the_log_probs_of_two() -> None:
+    alone(compare_with_two_prompts)
+
+
+def compare_with_two_prompts() -> None:
     from orpo_megatron.core.step import make_forward, take_microbatch
 
     model, lengths = make_model(True), [(3, 4, 5), (2, 1, 2)]
