@@ -60,7 +60,8 @@ def test_a_doubled_loss_fails(tiny: TinyRecipe, tmp_path: Path) -> None:
 
     assert outcome.code == 1, outcome.output
     assert "FAIL: 26 of 39 figures are wrong; the worst error is 1.0e+00, the bound 1e-05." in outcome.output
-    assert figures(outcome.output)["embedding.word_embeddings.weight"] == ["1.0e+00", "<"]
+    worst = {name: cells for name, cells in figures(outcome.output).items() if cells[-1:] == ["<"] and "." in name}
+    assert list(worst.values()) == [["1.0e+00", "<"]] * 10  # all 26 are twice what they should be: any ten of them
 
 
 @pytest.mark.parametrize(
