@@ -113,7 +113,8 @@ def test_dry_runs(tiny: TinyRecipe, tmp_path: Path) -> None:
 
 def test_mistral_recipe(tiny: TinyRecipe, small_tokenizer: Path) -> None:
     """The recipe for GPUs, dry, on eight simulated ranks, with data that is here."""
-    command = the("nproc-per-node 8 -m orpo_megatron.train recipes/mistral").replace("torchrun --nproc-per-node 8", "python")
+    command = the("nproc-per-node 8 -m orpo_megatron.train recipes/mistral")
+    command = command.replace("torchrun --nproc-per-node 8", "python")
     here = [f"data.train={tiny.train_file}", f"data.tokenizer={small_tokenizer}"]
     output = tiny.command(
         *arguments(command, f"run.cache_dir={tiny.cache_dir}", *here, "--dry-run"), WORLD_SIZE="8"
