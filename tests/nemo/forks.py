@@ -72,5 +72,3 @@ def _rank(function: Callable[[], Any], rank: int, size: int, port: int, sender: 
             traceback.print_exc()
             sender.send((False, f"{type(error).__name__}: {error}"))
         sender.close()
-        file.flush()
-        os._exit(0)
