@@ -17,7 +17,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from orpo_megatron.bridge.ranks import from_all_ranks
+from orpo_megatron.core.ranks import from_all_ranks
 
 #: Phases of a step: Megatron-Core's schedule, which ends with the reduction of gradients; and what comes after it.
 SCHEDULE, AFTER = "schedule", "after it"

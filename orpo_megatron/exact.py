@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from orpo_megatron.config import ConfigError
 
 _LAYOUT = "the loss would depend on how ranks are laid out"
 _VARYING = "rows differ in length"
@@ -32,3 +35,17 @@ EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "comm_overlap.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
     "model.hybrid_context_parallel": (False, "its schedule packs rows by itself"),
 }
+
+
+def check_adapted_modules(target_modules: Iterable[str]) -> None:
+    """Checks that adapters, of the section ``peft``, leave the vocabulary's layers alone.
+
+    Raises:
+        ConfigError: If one of their target modules is such a layer.
+    """
+    for module in target_modules:
+        if "output_layer" in str(module) or "word_embeddings" in str(module):
+            raise ConfigError(
+                f"peft.target_modules ({module}) must not hold the vocabulary's layers: the head reads their weights, "
+                "past any adapter. Leave it out."
+            )

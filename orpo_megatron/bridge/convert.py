@@ -15,7 +15,6 @@ from transformers import AutoConfig, PretrainedConfig
 from orpo_megatron.bridge.checkpoint import checkpoint_folder, source_of, stored_dtype, stored_elements
 from orpo_megatron.bridge.export import Companions, companions_of, generation_config, write_model
 from orpo_megatron.bridge.families import find_family
-from orpo_megatron.bridge.layers import takes_local_layers
 from orpo_megatron.bridge.load import load_checkpoint_model
 from orpo_megatron.bridge.mapping import unused_tensors
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, make_bridge, set_dtype
@@ -27,6 +26,7 @@ from orpo_megatron.bridge.verify import compare, encode, load_tokenizer_of
 from orpo_megatron.bridge.weights import SHARD_BYTES, StoredWeights, local_folder, read_headers, some
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import ByteProgress, say
+from orpo_megatron.core.local import takes_local_layers
 from orpo_megatron.data.sources import first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

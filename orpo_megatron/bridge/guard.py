@@ -17,9 +17,9 @@ from megatron.core.utils import get_model_config
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.kept import FOLDER, plain, save_step
-from orpo_megatron.bridge.ranks import from_all_ranks
 from orpo_megatron.config import ConfigError, OrpoConfig, RunConfig
 from orpo_megatron.console import say
+from orpo_megatron.core.ranks import from_all_ranks
 from orpo_megatron.core.step import make_forward_step
 
 #: How many rows, and how many parameters, a message names.

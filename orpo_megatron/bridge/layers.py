@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider, default_layer_spec
 from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmoe_layer_spec
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -44,11 +42,6 @@ _LOCAL: dict[Any, LayerSpec] = {
 }
 #: What stands in for layers where pairs share their prompt.
 _SHARED_PREFIX: dict[Any, LayerSpec] = dict.fromkeys(_PLAIN, shared_prefix_layer_spec)
-
-
-def takes_local_layers() -> bool:
-    """Returns whether models on this machine are built of local layers: it lacks Transformer Engine or a GPU."""
-    return not (HAVE_TE and torch.cuda.is_available())
 
 
 def is_local(provider: GPTModelProvider) -> bool:

@@ -17,12 +17,12 @@ from transformers import PretrainedConfig
 import orpo_megatron.bridge.mixtral  # noqa: F401  registers it with AutoBridge
 from orpo_megatron.bridge.apply import apply_settings
 from orpo_megatron.bridge.families import find_family
-from orpo_megatron.bridge.layers import is_local, takes_local_layers, use_local_layers, use_shared_prefix_layers
+from orpo_megatron.bridge.layers import is_local, use_local_layers, use_shared_prefix_layers
 from orpo_megatron.bridge.mapping import check_covered
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.core.fusions import turn_off_fusions
+from orpo_megatron.core.local import takes_local_layers, turn_off_fusions
 from orpo_megatron.core.moe import has_auxiliary_loss
 
 # A checkpoint names the layer specification and the data set by their import paths.

@@ -16,7 +16,7 @@ from yaml import YAMLError
 from orpo_megatron.bridge.compose import read_composed
 from orpo_megatron.bridge.settings import bridge_settings
 from orpo_megatron.config import ConfigError, DataConfig, OrpoConfig, RunConfig, build_section, nearest
-from orpo_megatron.exact import EXACT_SETTINGS
+from orpo_megatron.exact import EXACT_SETTINGS, check_adapted_modules
 
 #: Bridge's sections that a recipe does not write, and where their content comes from instead.
 _REPLACED_SECTIONS = {
@@ -262,12 +262,7 @@ def _check_whole(recipe: Recipe) -> None:
         raise ConfigError("A recipe gives train.train_iters (steps) or train.num_epochs (passes over the pairs): one.")
     if epochs is not None and (type(epochs) not in (int, float) or not 0 < epochs < math.inf):
         raise ConfigError(f"train.num_epochs ({epochs!r}) must be a number above 0.")
-    for module in recipe.setting("peft.target_modules") or ():
-        if "output_layer" in str(module) or "word_embeddings" in str(module):
-            raise ConfigError(
-                f"peft.target_modules ({module}) must not hold the vocabulary's layers: the head reads their weights, "
-                "past any adapter. Leave it out."
-            )
+    check_adapted_modules(recipe.setting("peft.target_modules") or ())
     for name in _WHOLE_NUMBERS:
         value = recipe.setting(name)
         if value is not None and (type(value) is not int or value < 1):

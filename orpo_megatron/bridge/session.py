@@ -40,12 +40,11 @@ from orpo_megatron.bridge.parity import (
     merge_shards,
     metric_errors,
 )
-from orpo_megatron.bridge.ranks import from_all_ranks
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.train import finalise
 from orpo_megatron.config import OrpoConfig
 from orpo_megatron.console import rank
-from orpo_megatron.core.ranks import on_rank_0
+from orpo_megatron.core.ranks import from_all_ranks, on_rank_0
 from orpo_megatron.core.step import make_forward_step
 from orpo_megatron.metrics import METRICS, count_pairs, evaluation_metrics
 

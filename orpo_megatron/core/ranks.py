@@ -1,8 +1,9 @@
-"""What only some ranks know, for the others."""
+"""What ranks tell one another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,3 +34,10 @@ def on_rank_0(
         # last place along each of them: it lies on the last stage.
         dist.broadcast(values, src=dist.get_world_size() - 1)
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def from_all_ranks(mine: Any) -> list[Any]:
+    """Returns what each rank gives, in the order of ranks; all ranks call it."""
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, mine)
+    return theirs

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import default_layer_spec, gpt_data_step, gpt_forward_step
 from nemo.lightning import MegatronStrategy
@@ -15,8 +14,8 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 
 from orpo_megatron.config import ConfigError
 from orpo_megatron.core.attention import packed_local_layer_spec, shared_prefix_layer_spec
-from orpo_megatron.core.fusions import turn_off_fusions
-from orpo_megatron.exact import EXACT_SETTINGS
+from orpo_megatron.core.local import takes_local_layers, turn_off_fusions
+from orpo_megatron.exact import EXACT_SETTINGS, check_adapted_modules
 
 #: What makes no other model, so that it is set and said rather than refused.
 _SET_RIGHT = ("calculate_per_token_loss", "cross_entropy_loss_fusion")
@@ -54,7 +53,7 @@ def check_model(model: Any) -> None:
     for key, reason in refused.items():
         if getattr(config, key, None):
             raise ConfigError(f"model.config.{key} ({getattr(config, key)}) must be off: {reason}.")
-    if not _has_own_layers() and config.transformer_layer_spec is not default_layer_spec:
+    if takes_local_layers() and config.transformer_layer_spec is not default_layer_spec:
         spec = config.transformer_layer_spec
         raise ConfigError(
             f"This model has layers of its own ({getattr(spec, '__name__', type(spec).__name__)}), for which a "
@@ -122,12 +121,7 @@ def check_peft(peft: Any) -> None:
     if dropout:
         exact, reason = EXACT_SETTINGS["peft.dropout"]
         raise ConfigError(f"peft.dropout ({dropout}) must be {exact}: {reason}. Set it so.")
-    for module in getattr(peft, "target_modules", None) or ():
-        if "output_layer" in module or "word_embeddings" in module:
-            raise ConfigError(
-                f"peft.target_modules ({module}) must not hold the vocabulary's layers: the head reads their weights, "
-                "past any adapter. Leave it out."
-            )
+    check_adapted_modules(getattr(peft, "target_modules", None) or ())
 
 
 def prefix_conflict(config: Any) -> str | None:
@@ -161,13 +155,8 @@ def fit_model(model: llm.GPTModel, trainer: pl.Trainer, share_prefix: bool) -> l
     config.moe_token_dispatcher_type = "alltoall"
     if share_prefix:
         config.transformer_layer_spec, config.apply_rope_fusion = shared_prefix_layer_spec, False
-    if not _has_own_layers():
+    if takes_local_layers():
         config.transformer_layer_spec = packed_local_layer_spec
         turn_off_fusions(config)
         config.use_cpu_initialization = not torch.cuda.is_available()
     return changes
-
-
-def _has_own_layers() -> bool:
-    """Returns whether the model's own layers, of Transformer Engine, run here."""
-    return HAVE_TE and torch.cuda.is_available()

@@ -45,7 +45,7 @@ def save_nemo_checkpoint(folder: Path, output: Path) -> None:
     from nemo.lightning.io import ModelConnector
 
     from orpo_megatron.core.attention import packed_local_layer_spec
-    from orpo_megatron.core.fusions import turn_off_fusions
+    from orpo_megatron.core.local import turn_off_fusions
     from orpo_megatron.nemo.recipes import tiny_cpu
 
     model = fiddle.build(tiny_cpu().model)

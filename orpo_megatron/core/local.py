@@ -1,7 +1,9 @@
-"""Fused kernels, which a machine without Transformer Engine or a GPU does without."""
+"""What a machine without Transformer Engine or a GPU does without: its layers and fused kernels."""
 
 from __future__ import annotations
 
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 FUSIONS = (
@@ -15,6 +17,11 @@ FUSIONS = (
     "moe_router_fusion",
     "persist_layer_norm",
 )
+
+
+def takes_local_layers() -> bool:
+    """Returns whether models on this machine are built of local layers: it lacks Transformer Engine or a GPU."""
+    return not (HAVE_TE and torch.cuda.is_available())
 
 
 def turn_off_fusions(config: TransformerConfig) -> None:
