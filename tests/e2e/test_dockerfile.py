@@ -114,8 +114,10 @@ class Container:
         home = self.root / "home"
         home.mkdir(exist_ok=True)
         caches = {"UV_CACHE_DIR": "uv", "PIP_CACHE_DIR": "pip"}  # the step removes the ones of its own home
+        # What the test itself was started from, `make test` for one, is not there in an engine.
+        ours = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
         environment = {
-            **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")},
+            **{name: value for name, value in os.environ.items() if name not in ours},
             **{name: os.environ.get(name, str(Path.home() / ".cache" / folder)) for name, folder in caches.items()},
             "PATH": f"{tools}:{self.python.parent}:{os.environ['PATH']}",
             "HOME": str(home),

@@ -1,4 +1,4 @@
-"""tools/convert.py inside one process: every family that converts on a CPU, and what is said where one does not."""
+"""The families that tools/convert.py converts, inside one process: every one that does on a CPU, and what is said where one does not."""
 
 import importlib.util
 import json
