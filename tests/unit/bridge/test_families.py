@@ -1,4 +1,4 @@
-"""The families that tools/convert.py converts, inside one process: every one that does on a CPU, and what is said where one does not."""
+"""Every family that converts on a CPU, inside one process, and what is said where one does not."""
 
 import importlib.util
 import json
