@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import secrets
@@ -23,6 +25,7 @@ VISIBLE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _VALUES_SHOWN = 3
 _TORCHRUN = "torchrun sets it: have each node start torchrun."
+_meetings = itertools.count()
 
 Fact = tuple[Any, str]
 """A value that must be the same in all processes, and what to do where it is not."""
@@ -60,6 +63,8 @@ class Peers:
     def join(cls, timeout: float = START_SECONDS) -> Peers:
         """Meets the other processes at MASTER_ADDR and MASTER_PORT, if the environment speaks of any.
 
+        A process may run one after another; its n-th meeting is with the n-th of the others.
+
         Args:
             timeout: Bounds each wait for other processes, in seconds.
 
@@ -76,20 +81,11 @@ class Peers:
         rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
         if rank >= world_size:
             raise PeerError(f"RANK ({rank}) must be below WORLD_SIZE ({world_size}). {_TORCHRUN}")
-        from torch.distributed import PrefixStore, TCPStore
+        from torch.distributed import PrefixStore
 
-        with _store_errors():
-            store = TCPStore(
-                variables["MASTER_ADDR"],
-                int(variables["MASTER_PORT"]),
-                # torchrun's agent keeps the store; without it rank 0 does, and the process group will meet there too
-                is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-                timeout=timedelta(seconds=timeout),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
+        store = _store(variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), rank == 0, timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(PrefixStore(f"orpo_megatron/{attempt}", store), rank, world_size, timeout)
+        return cls(PrefixStore(f"orpo_megatron/{attempt}/{next(_meetings)}", store), rank, world_size, timeout)
 
     def settle(
         self, part: str, work: Callable[[], Result], facts: Callable[[Result], Mapping[str, Fact]] = lambda _: {}
@@ -251,6 +247,23 @@ def is_lost_peer(error: Exception) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "/gloo/" in str(error)  # gloo's name the line of its source
+
+
+@functools.cache  # while this process lives: others may still be reading in it
+def _store(host: str, port: int, is_rank_0: bool, timeout: float) -> Any:
+    """Returns the store that all processes of the run meet in."""
+    from torch.distributed import TCPStore
+
+    with _store_errors():
+        return TCPStore(
+            host,
+            port,
+            # torchrun's agent keeps the store; without it rank 0 does, and the process group will meet there too
+            is_master=is_rank_0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
 
 
 def _late(who: str, part: str, seconds: float, whom: str) -> str:

@@ -6,17 +6,17 @@ import argparse
 import os
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from orpo_megatron import __version__
 from orpo_megatron.agreement import Peers
-from orpo_megatron.bridge.common import file_facts, plan_facts, start_facts
+from orpo_megatron.bridge.common import prepare_alike
 from orpo_megatron.bridge.recipe import RECORD, Recipe, load_recipe
 from orpo_megatron.config import ConfigError, PeerError
 from orpo_megatron.console import logged_to, rank, report_error, say
+from orpo_megatron.facts import start_facts
 from orpo_megatron.machine import use_machine
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         peers = Peers.join()
-        recipe = peers.settle("reading of the recipe", lambda: load_recipe(args.recipe, args.overrides), start_facts)
+        recipe = peers.settle(
+            "reading of the recipe",
+            lambda: load_recipe(args.recipe, args.overrides),
+            lambda read: start_facts(read.as_dict()),
+        )
         return _run(recipe, args.dry_run, peers)
     except ConfigError as error:
         report_error(str(error), each_node=isinstance(error, PeerError))
@@ -58,13 +62,9 @@ def _run(recipe: Recipe, dry_run: bool, peers: Peers) -> int:
     world_size, run_dir = int(os.environ.get("WORLD_SIZE", "1")), recipe.run_dir
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         raise ConfigError("This is one of several Slurm tasks without WORLD_SIZE. Have each node start torchrun.")
-    if not dry_run:
-        peers.settle("making of run.dir", lambda: _make_folder(run_dir, "run.dir"))
-        peers.check_shared(run_dir, "run.dir")
     peers.timeout = 60.0 * recipe.setting("dist.distributed_timeout_minutes", 10)
-    peers.settle("reading of the data files", lambda: recipe, file_facts)
-    hf_config, prepared, step = peers.settle(
-        "tokenising and planning", lambda: _prepare(recipe, world_size, dry_run), lambda found: plan_facts(*found)
+    hf_config, prepared, step = prepare_alike(
+        peers, recipe, lambda: _prepare(recipe, world_size, dry_run), make_run_dir=not dry_run
     )
     if dry_run:
         return _dry_run(recipe, hf_config, prepared)
@@ -95,14 +95,6 @@ def _prepare(recipe: Recipe, world_size: int, dry_run: bool) -> tuple[Pretrained
     hf_config = prepare.load_hf_config(recipe, dry_run=dry_run)
     prepare.check_pretrained(recipe, hf_config)
     return hf_config, *rundir.plan_run(recipe, hf_config, world_size, recipe.run_dir / rundir.CHECKPOINTS)
-
-
-def _make_folder(folder: Path, setting: str) -> None:
-    """Makes a folder that the run writes to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{setting} ({folder}) cannot be made: {error.strerror}. Give another folder.") from error
 
 
 def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:

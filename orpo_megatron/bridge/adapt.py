@@ -15,7 +15,9 @@ from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
 
+from orpo_megatron.agreement import Peers
 from orpo_megatron.bridge.callbacks import RunMonitor
+from orpo_megatron.bridge.common import prepare_alike
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import check_provider, fit_to_rows, make_bridge
 from orpo_megatron.bridge.prepare import load_hf_config, model_source
@@ -28,6 +30,7 @@ from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.step import ForwardStep, make_forward_step
 from orpo_megatron.data.prepare import Prepared
 from orpo_megatron.exact import EXACT_SETTINGS
+from orpo_megatron.facts import start_facts
 
 #: Another way to spread weights or ranks altogether: not put right by turning it off.
 _STRATEGIES = ("fsdp", "decentralized_pg", "hybrid_context_parallel")
@@ -77,14 +80,16 @@ def orpo(
         What Bridge's ``pretrain`` takes: configuration, forward step and callbacks.
 
     Raises:
-        ConfigError: If something does not fit, or cannot be exact.
+        ConfigError: If something does not fit, cannot be exact, or differs between the processes of torchrun.
     """
-    changes = _set_right(config) + _fit_to_machine(config)
-    recipe = _read(config, data, hf, run, num_epochs, objective)
-    hf_config = load_hf_config(recipe)
-    _check_same_model(config, recipe, hf_config)
-    checkpoints = Path(config.checkpoint.load or config.checkpoint.save)
-    prepared, step = plan_run(recipe, hf_config, int(os.environ.get("WORLD_SIZE", "1")), checkpoints)
+
+    def read() -> tuple[Recipe, list[str]]:
+        changes = _set_right(config) + _fit_to_machine(config)
+        return _read(config, data, hf, run, num_epochs, objective), changes
+
+    peers = Peers.join(timeout=60.0 * config.dist.distributed_timeout_minutes)
+    recipe, changes = peers.settle("reading of the configuration", read, lambda found: start_facts(found[0].as_dict()))
+    hf_config, prepared, step = prepare_alike(peers, recipe, lambda: _prepare(config, recipe))
     _take_rows(config, recipe, prepared)
     if step == 0 and config.checkpoint.pretrained_checkpoint is None:
         _start_from(config, recipe, hf_config)
@@ -160,6 +165,14 @@ def _changed(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in _given(settings, tuple(names)).items() if value != defaults[name]}
 
 
+def _prepare(config: ConfigContainer, recipe: Recipe) -> tuple[PretrainedConfig, Prepared, int]:
+    """Reads model and data and plans; returns the model's configuration, the plans and the step to go on from."""
+    hf_config = load_hf_config(recipe)
+    _check_same_model(config, recipe, hf_config)
+    checkpoints = Path(config.checkpoint.load or config.checkpoint.save)
+    return hf_config, *plan_run(recipe, hf_config, int(os.environ.get("WORLD_SIZE", "1")), checkpoints)
+
+
 def _check_same_model(config: ConfigContainer, recipe: Recipe, hf_config: PretrainedConfig) -> None:
     """Checks that the configuration's model is the one that the weights are of.
 
@@ -201,13 +214,16 @@ def _fit_to_machine(config: ConfigContainer) -> list[str]:
     if torch.cuda.is_available():
         return []
     config.dist.distributed_backend = "gloo"
-    optimizer = config.optimizer
-    if not optimizer.use_precision_aware_optimizer:
-        return []
-    optimizer.use_precision_aware_optimizer = False
-    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
-        setattr(optimizer, name, torch.float32)
-    return ["orpo() turned optimizer.use_precision_aware_optimizer off: it needs Transformer Engine and a GPU."]
+    optimizer, changes = config.optimizer, []
+    if optimizer.use_precision_aware_optimizer:
+        optimizer.use_precision_aware_optimizer = False
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            setattr(optimizer, name, torch.float32)
+        changes.append("optimizer.use_precision_aware_optimizer off: it needs Transformer Engine")
+    if config.checkpoint.async_save:
+        config.checkpoint.async_save = False
+        changes.append("checkpoint.async_save off: its writer waits for a GPU for ever")
+    return [f"orpo() turned {change}." for change in changes]
 
 
 def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> None:

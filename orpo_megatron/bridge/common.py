@@ -1,74 +1,58 @@
-"""What the processes of a run must have in common, as the facts that ``agreement.Peers`` compares."""
+"""A run's preparations as all of its processes do them: alike, or rank 0 says what differs and nothing starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from orpo_megatron.agreement import Fact
+from orpo_megatron.agreement import Peers
 from orpo_megatron.bridge.recipe import Recipe
-from orpo_megatron.versions import source_hash, versions
+from orpo_megatron.config import ConfigError
+from orpo_megatron.facts import file_facts, model_facts, pair_facts, resume_facts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from orpo_megatron.data.prepare import Prepared
 
-_SAME_SOFTWARE = "Install the same on every node, or start the same container image."
-_SAME_COMMAND = "Start the same recipe with the same overrides on every node."
-_SAME_FILES = "Give every node the same files, or give files on a file system that all nodes share."
-_SAME_MODEL = "Give every node the same model (model.hf)."
-_SAME_TOKENIZER = "Give every node the same tokenizer (data.tokenizer, or the model's)."
-_SAME_RUN = "Give a run.dir on a file system that all nodes share."
 
+def prepare_alike(
+    peers: Peers,
+    recipe: Recipe,
+    prepare: Callable[[], tuple[PretrainedConfig, Prepared, int]],
+    *,
+    make_run_dir: bool = True,
+) -> tuple[PretrainedConfig, Prepared, int]:
+    """Prepares a run in every process, if all have the same files, model, pairs and checkpoints.
 
-def start_facts(recipe: Recipe) -> dict[str, Fact]:
-    """Returns software and settings."""
-    software = {f"the version of {name}": version for name, version in versions().items()}
-    software["the source of orpo_megatron (its hash)"] = source_hash()
-    settings = dict(_dotted(recipe.as_dict()))
-    return {
-        **{name: (value, _SAME_SOFTWARE) for name, value in software.items()},
-        **{name: (value, _SAME_COMMAND) for name, value in settings.items()},
-    }
+    Args:
+        peers: The processes.
+        recipe: The recipe, on which they agree.
+        prepare: Returns the model's configuration, data and plans, and the step that the run goes on from.
+        make_run_dir: Whether the run has a folder, which they share.
 
-
-def file_facts(recipe: Recipe) -> dict[str, Fact]:
-    """Returns the content of the data files, by hash.
+    Returns:
+        What ``prepare`` returned.
 
     Raises:
-        ConfigError: If one is not there or not one that can be read.
+        ConfigError: The same in all processes, if one of them cannot, or they differ.
+        PeerError: If another process is not heard of in time.
     """
-    from orpo_megatron.data.files import find_files
-
-    facts = {}
-    for sources, split in ((recipe.data.train, recipe.data.train_split), (recipe.data.eval, recipe.data.eval_split)):
-        for name in [sources] if isinstance(sources, str) else sources or []:
-            for file in find_files(name, split):
-                facts[f"{file.name} (its hash)"] = (file.fingerprint(Path(recipe.cache_dir)), _SAME_FILES)
-    return facts
-
-
-def plan_facts(hf_config: PretrainedConfig, prepared: Prepared, step: int) -> dict[str, Fact]:
-    """Returns what became of model, data and checkpoints."""
-    model = {name: value for name, value in hf_config.to_diff_dict().items() if not name.startswith("_")}
-    hashes = {
-        f"the {role} pairs as token ids (their hash)": store.content_hash
-        for role, store in (("training", prepared.store), ("held-out", prepared.eval_store))
-        if store is not None
-    }
-    return {
-        "the step of the latest checkpoint": (step, _SAME_RUN),
-        **{f"{name} of the model": (value, _SAME_MODEL) for name, value in model.items()},
-        **{name: (value, _SAME_TOKENIZER) for name, value in hashes.items()},
-    }
+    if make_run_dir:
+        peers.settle("making of run.dir", lambda: _make_folder(recipe.run_dir, "run.dir"))
+        peers.check_shared(recipe.run_dir, "run.dir")
+    peers.settle("reading of the data files", lambda: None, lambda _: file_facts(recipe.data, recipe.cache_dir))
+    return peers.settle(
+        "tokenising and planning",
+        prepare,
+        lambda found: {**resume_facts(found[2]), **model_facts(found[0]), **pair_facts(found[1])},
+    )
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields nested settings under their dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _make_folder(folder: Path, setting: str) -> None:
+    """Makes a folder that the run writes to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{setting} ({folder}) cannot be made: {error.strerror}. Give another folder.") from error

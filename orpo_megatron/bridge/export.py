@@ -42,7 +42,12 @@ class Companions:
 def companions_of(recipe: Recipe) -> Companions:
     """Returns what belongs to the model of a run: the tokenizer and chat template that it used."""
     tokenizer = load_tokenizer(recipe.tokenizer, recipe.cache_dir, recipe.data.chat_template)
-    return Companions(tokenizer, generation_config(model_source(recipe), tokenizer))
+    generation = generation_config(model_source(recipe), tokenizer)
+    if generation is not None:
+        ends, end = generation.eos_token_id, tokenizer.eos_token_id
+        if end not in (ends if isinstance(ends, list) else [ends]):  # it has learned to end with this one
+            generation.eos_token_id, generation.pad_token_id = end, _padding(tokenizer)
+    return Companions(tokenizer, generation)
 
 
 def generation_config(source: str, tokenizer: Any) -> GenerationConfig | None:
@@ -54,10 +59,13 @@ def generation_config(source: str, tokenizer: Any) -> GenerationConfig | None:
     if tokenizer is None:
         return None
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=_padding(tokenizer)
     )
+
+
+def _padding(tokenizer: Any) -> int:
+    """Returns the id that rows are padded with: that of EOS where there is none of its own."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def write_model(

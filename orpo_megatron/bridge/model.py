@@ -216,6 +216,11 @@ def _check_here(provider: GPTModelProvider, recipe: Recipe) -> None:
             f"model.expert_tensor_parallel_size ({provider.expert_tensor_parallel_size}) must be 1 on a CPU: gloo "
             "lacks the uneven all-gather that a split expert takes. Leave it out."
         )
+    if recipe.setting("checkpoint.async_save") and not on_gpu:
+        raise ConfigError(
+            "checkpoint.async_save (True) must be False on a CPU: what would write in the background waits for a GPU "
+            "for ever. Leave it out."
+        )
     if is_local(provider) and "layernorm" in (provider.recompute_modules or ()):
         raise ConfigError(
             f"model.recompute_modules ({provider.recompute_modules}) must not name layernorm without Transformer "

@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import os
+import queue
 import sys
 import types
 from collections.abc import Callable
@@ -294,6 +295,7 @@ def _load_and_allow_cpu(load: Callable[[types.ModuleType], None], module: types.
 def _redirect_megatron() -> None:
     """What in Megatron-Core itself needs a GPU."""
     import megatron.core.datasets.utils
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
@@ -301,6 +303,8 @@ def _redirect_megatron() -> None:
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    from orpo_megatron.cpu.optimizer import fuse_adam, l2_norm, mend_adam_checkpoints
 
     # The wheel ships the compiled index helper; do not run make in site-packages.
     megatron.core.datasets.utils.compile_helpers = lambda: None
@@ -310,11 +314,14 @@ def _redirect_megatron() -> None:
     random.CudaRNGStatesTracker.add = lambda self, name, seed: self.states_.setdefault(name, torch.get_rng_state())
     # Megatron's fallback takes torch.norm of each gradient, which adds up in fp32 on a CPU: 2e-4 off for an embedding,
     # and differently off for each shard of it.
-    clip_grads.l2_norm_impl = _l2_norm
+    clip_grads.l2_norm_impl = l2_norm
     # The splits of an all-to-all have to be NumPy's; Megatron makes them so only on the way from a GPU.
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
-    _mend_adam_checkpoints(DistributedOptimizer)
-    _fuse_adam(MegatronOptimizer)
+    # Checkpoints are written by threads of this process here, so they need no process to hold the queue that they
+    # report to, which would spend four seconds on importing PyTorch.
+    filesystem_async._results_queue = queue.Queue()
+    mend_adam_checkpoints(DistributedOptimizer)
+    fuse_adam(MegatronOptimizer)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
 
@@ -337,71 +344,6 @@ def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) 
     import torch
 
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-
-def _mend_adam_checkpoints(cls: Any) -> None:
-    """Lets a run resume with PyTorch's Adam, which Megatron-Core takes where there are no fused ones.
-
-    Its distributed optimizer reads ``step`` from a state that does not exist before the first step, so that loading
-    fails; then it puts one tensor for all parameters in, which each of them would count up; and overwrites it with
-    the placeholder that loading began with, or misses it in a checkpoint that can be loaded on other ranks.
-    """
-    import torch
-
-    describe, load, set_states = cls.sharded_state_dict, cls.load_state_dict, cls._set_main_param_and_optimizer_states
-
-    def set_step(optimizer: torch.optim.Optimizer, step: float) -> None:
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
-
-    @functools.wraps(describe)
-    def sharded_state_dict(
-        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
-        if is_loading:
-            self.init_state_fn(self.optimizer, self.config)
-            set_step(self.optimizer, 0)
-        return describe(self, model_sharded_state_dict, is_loading, *args, **kwargs)
-
-    @functools.wraps(load)
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        load(self, state_dict)
-        set_step(self.optimizer, state_dict["optimizer"]["param_groups"][0]["step"])
-
-    @functools.wraps(set_states)
-    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        own = self._get_main_param_and_optimizer_states(model_param)
-        set_states(self, model_param, {**tensors, "step": own.get("step")})
-
-    cls.sharded_state_dict, cls.load_state_dict = sharded_state_dict, load_state_dict
-    cls._set_main_param_and_optimizer_states = set_states_but_step
-
-
-def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per_tensor: bool) -> tuple[Any, None]:
-    """Returns the L2 norm of all tensors, fp32 [1]; the call is that of apex's ``amp_C.multi_tensor_l2norm``."""
-    import torch
-
-    # By pieces, since PyTorch makes an fp64 copy of what it takes the norm of.
-    pieces = [part for tensors in tensor_lists for tensor in tensors for part in tensor.reshape(-1).split(2**18)]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in pieces]
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    return total.float().reshape(1), None
-
-
-def _fuse_adam(cls: Any) -> None:
-    """Has PyTorch's Adam take a step in one pass over the weights: a sixth of the time of a dozen passes."""
-    import torch
-
-    init = cls.__init__
-
-    @functools.wraps(init)
-    def init_and_fuse(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, optimizer, *args, **kwargs)
-        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            for group in optimizer.param_groups:
-                group["fused"] = True
-
-    cls.__init__ = init_and_fuse
 
 
 def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

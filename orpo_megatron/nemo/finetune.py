@@ -12,9 +12,11 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.callbacks import PEFT
 
 from nemo import lightning as nl
+from orpo_megatron.agreement import Peers
 from orpo_megatron.config import ConfigError, DataConfig, OrpoConfig, build_section
 from orpo_megatron.console import rank, say
 from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
+from orpo_megatron.facts import file_facts, pair_facts, start_facts
 from orpo_megatron.machine import use_machine
 from orpo_megatron.metrics import count_pairs
 from orpo_megatron.nemo.callback import OrpoMetrics
@@ -22,6 +24,9 @@ from orpo_megatron.nemo.commandline import readable
 from orpo_megatron.nemo.data import PreferenceDataModule
 from orpo_megatron.nemo.fit import check_model, check_peft, check_trainer, fit_model, prefix_conflict
 from orpo_megatron.nemo.loss import register
+
+#: How long a process waits for the others while the pairs are made tokens.
+PREPARE_SECONDS = 600.0
 
 readable(OrpoConfig)
 
@@ -54,18 +59,18 @@ def orpo(
         The folder of the run.
 
     Raises:
-        ConfigError: If something does not fit, or cannot be exact.
+        ConfigError: If something does not fit, cannot be exact, or differs between the processes of torchrun.
     """
     use_machine()
-    if not isinstance(data, PreferenceDataModule):
-        raise ConfigError(f"data ({type(data).__name__}) must be a PreferenceDataModule of orpo_megatron.nemo.")
-    # Once more, strictly: NeMo-Run checks names, but not every value.
-    data.pairs = build_section(DataConfig, dataclasses.asdict(data.pairs), "data.pairs")
-    objective = build_section(OrpoConfig, dataclasses.asdict(objective), "objective")
-    check_model(model)
-    check_trainer(trainer, has_eval=data.pairs.eval is not None)
-    check_peft(peft)
-    prepared = _prepare(model, data, trainer, objective)
+    peers = Peers.join(PREPARE_SECONDS)
+    objective = peers.settle(
+        "checking of the settings",
+        lambda: _check(model, data, trainer, peft, objective),
+        lambda checked: start_facts(_settings(data, trainer, checked)),
+    )
+    cache_dir = Path(data.cache_dir)
+    peers.settle("reading of the data files", lambda: None, lambda _: file_facts(data.pairs, cache_dir))
+    prepared = peers.settle("tokenising and planning", lambda: _prepare(model, data, trainer, objective), pair_facts)
     data.use(prepared)
     changes = fit_model(model, trainer, prepared.plan.share_prefix)
     register(model, objective)
@@ -82,6 +87,32 @@ def orpo(
     return llm.train(
         model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim, model_transform=peft
     )
+
+
+def _check(model: Any, data: Any, trainer: nl.Trainer, peft: Any, objective: OrpoConfig) -> OrpoConfig:
+    """Checks everything that was given; returns the objective as it was read strictly.
+
+    Raises:
+        ConfigError: If something does not fit, or cannot be exact.
+    """
+    if not isinstance(data, PreferenceDataModule):
+        raise ConfigError(f"data ({type(data).__name__}) must be a PreferenceDataModule of orpo_megatron.nemo.")
+    # Once more, strictly: NeMo-Run checks names, but not every value.
+    data.pairs = build_section(DataConfig, dataclasses.asdict(data.pairs), "data.pairs")
+    objective = build_section(OrpoConfig, dataclasses.asdict(objective), "objective")
+    check_model(model)
+    check_trainer(trainer, has_eval=data.pairs.eval is not None)
+    check_peft(peft)
+    return objective
+
+
+def _settings(data: PreferenceDataModule, trainer: nl.Trainer, objective: OrpoConfig) -> dict[str, Any]:
+    """Returns the settings that decide which pairs are trained on when, and by which loss."""
+    return {
+        "data": {"pairs": dataclasses.asdict(data.pairs), "seed": data.seed},
+        "objective": dataclasses.asdict(objective),
+        "trainer": {"max_steps": trainer.max_steps},
+    }
 
 
 def _prepare(model: Any, data: PreferenceDataModule, trainer: nl.Trainer, objective: OrpoConfig) -> Prepared:

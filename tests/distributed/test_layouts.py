@@ -21,7 +21,7 @@ def test_reference_run_is_worth_a_comparison(reference_run: Path) -> None:
     assert [record["pairs"] for record in records if "pairs" in record] == PAIRS_OF_STEPS
     assert [record["step"] for record in records if "eval_loss" in record] == [EVAL_INTERVAL, STEPS]
     losses = [record["loss"] for record in records if "loss" in record]
-    assert losses[0] - losses[-1] > 1.5  # it learns, so a wrong gradient of one step shows in the next
+    assert losses[0] - losses[-1] > 0.75  # it learns, so a wrong gradient of one step shows in the next
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Tiny models lie under the recipes' own hub ids in a hub cache made here, so noth
 
 from __future__ import annotations
 
+import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch import REPO, TinyRecipe, hub_folder, read_metrics
+from launch import REPO, Command, TinyRecipe, hub_folder, read_metrics
 from orpo_megatron.config import DataConfig
 from orpo_megatron.data.sources import load_tokenizer
 from orpo_megatron.data.store import PairStore, prepare
@@ -103,8 +105,11 @@ def first_pairs(tiny: TinyRecipe, folder: Path) -> tuple[Path, PairStore]:
     return path, store
 
 
-def run_example(tiny: TinyRecipe, case: Case, home: Path, data: Path, run_dir: Path) -> Any:
+def run_example(
+    tiny: TinyRecipe, case: Case, home: Path, data: Path, run_dir: Path, starter: tuple[str, ...] = ()
+) -> Command:
     return tiny.command(
+        *starter,
         EXAMPLE,
         case.recipe,
         str(data),
@@ -146,3 +151,20 @@ def test_a_family_that_needs_transformer_engine_is_refused_by_name(tiny: TinyRec
     assert outcome.code != 0
     assert "Gemma3ModelProvider builds its model in its own way, which a machine without" in outcome.output
     assert "Train it on a GPU with Transformer Engine." in outcome.output
+
+
+def test_processes_that_differ_are_told_at_start(tiny: TinyRecipe, tmp_path: Path) -> None:
+    """Before anything is built, and by one message; Megatron is the user's to import."""
+    put_in_hub_cache(CASES["llama"], tmp_path / "home")
+    data, _ = first_pairs(tiny, tmp_path)
+    script = f'exec "{tiny.python}" "$@" rng.seed=$((RANK + 1))'
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    starter = (*torchrun, "sh", "-c", script, "sh")
+    outcome = run_example(tiny, CASES["llama"], tmp_path / "home", data, tmp_path / "run", starter).wait()
+    assert outcome.code != 0 and not (tmp_path / "run").exists()
+    told = re.findall(r"^orpo_megatron\.config\.ConfigError: (.*)$", outcome.output, re.MULTILINE)
+    host = socket.gethostname()
+    assert set(told) == {
+        f"rng.seed differs between processes: 1 on rank 0 ({host}), 2 on rank 1 ({host}). Start the same recipe with "
+        "the same overrides on every node."
+    }

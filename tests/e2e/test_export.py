@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from launch import BETA, EVAL_PAIRS, STEPS, TRAIN_PAIRS, TinyRecipe, read_metrics
+from launch import BETA, EVAL_PAIRS, STEPS, TRAIN_PAIRS, VOCABULARY, TinyRecipe, read_metrics
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import load_recipe
 from orpo_megatron.data.sources import load_tokenizer
@@ -78,6 +78,8 @@ def test_folder_is_whole(reference_run: Path) -> None:
     assert theirs.apply_chat_template(message, add_generation_prompt=True, tokenize=False) == ours.apply_chat_template(
         message, add_generation_prompt=True, tokenize=False
     )
+    # Not the model's own: it has been trained with another tokenizer.
+    assert GenerationConfig.from_pretrained(model_source(recipe)).eos_token_id != ours.eos_token_id
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ours.eos_token_id
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| β (weight of the odds-ratio term), `orpo.beta` | {BETA} |" in card
@@ -87,8 +89,8 @@ def test_folder_is_whole(reference_run: Path) -> None:
 
 
 def test_padding_of_the_vocabulary_is_not_exported(tiny: TinyRecipe, held_out: PairStore, tmp_path: Path) -> None:
-    """49,153 ids on two tensor ranks: Megatron holds one more, which transformers does not see."""
-    run_dir, odd = tmp_path / "odd", 49153
+    """An odd number of ids on two tensor ranks: Megatron holds one more, which transformers does not see."""
+    run_dir, odd = tmp_path / "odd", VOCABULARY + 1
     split = ("model.tensor_model_parallel_size=2", f"model.config.vocab_size={odd}")
     tiny.train(run_dir, *split, "train.train_iters=1", "validation.eval_interval=1", processes=2)
 

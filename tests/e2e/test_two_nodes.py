@@ -1,6 +1,7 @@
 """Training on two nodes: the numbers of one, and what is seen when a node fails or is not like the other."""
 
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from launch import (
     BETA,
     EVAL_INTERVAL,
+    PAIRS_PER_STEP,
+    REPO,
     SAVE_INTERVAL,
     Command,
     TinyRecipe,
@@ -127,6 +130,40 @@ def test_data_that_differs_between_nodes(tiny: TinyRecipe, nodes: tuple[Node, No
         r'"[0-9a-f]{64}" on rank 1 \(node-b\)\. Give every node the same files, or give files on a file system '
         r"that all nodes share\.",
         message,
+    )
+
+
+def test_another_source_of_this_package(tiny: TinyRecipe, nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    ours, other = REPO / "orpo_megatron" / "loss.py", tmp_path / "loss.py"
+    other.write_text(ours.read_text(encoding="utf-8") + "# Another version.\n", encoding="utf-8")
+    setup = f"mount --bind {other} {ours}"
+    message = told_once(
+        [start(tiny, nodes[0], tmp_path / "run"), start(tiny, nodes[1], tmp_path / "run", setup=setup)]
+    )
+    assert re.fullmatch(
+        r'the source of orpo_megatron \(its hash\) differs between processes: "[0-9a-f]{12}" on rank 0 \(node-a\), '
+        r'"[0-9a-f]{12}" on rank 1 \(node-b\)\. Install the same on every node, or start the same container image\.',
+        message,
+    )
+
+
+def test_another_setting(tiny: TinyRecipe, nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    told_once(
+        [start(tiny, nodes[0], tmp_path / "run"), start(tiny, nodes[1], tmp_path / "run", "orpo.beta=0.25")],
+        f"orpo.beta differs between processes: {BETA} on rank 0 (node-a), 0.25 on rank 1 (node-b). Start the same "
+        "recipe with the same overrides on every node.",
+    )
+
+
+def test_checkpoints_of_another_plan(
+    tiny: TinyRecipe, nodes: tuple[Node, Node], reference_run: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference_run, run_dir)
+    told_once(
+        [start(tiny, node, run_dir, f"data.pairs_per_step={PAIRS_PER_STEP // 2}") for node in nodes],
+        f"{run_dir} holds checkpoints of another run: there data.pairs_per_step was {PAIRS_PER_STEP}, now it is "
+        f"{PAIRS_PER_STEP // 2}. Give another run.dir, or the old setting to go on.",
     )
 
 

@@ -15,6 +15,12 @@ from launch import TinyRecipe
 
 
 @pytest.fixture(scope="session")
+def tiny(tiny: TinyRecipe) -> TinyRecipe:
+    """The recipe with its own tokenizer, which NeMo's factory has as well."""
+    return dataclasses.replace(tiny, tokenizer=None)
+
+
+@pytest.fixture(scope="session")
 def recipe_run(tiny: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny recipe on one process through Megatron-Bridge, in the environment that has it."""
     assert "RECIPE_PYTHON" in os.environ, "RECIPE_PYTHON must name the interpreter of .venv, as make test-nemo does."

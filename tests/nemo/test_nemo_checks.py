@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import run_forked
 
 from orpo_megatron.config import ConfigError
 
@@ -135,3 +138,19 @@ def test_every_recipe_is_nemos_own_with_pairs_for_data() -> None:
         assert recipe.data.pairs.tokenizer == base.resume.restore_config.path.removeprefix("nemo://")
     adapters = FACTORIES["llama31_8b"](peft_scheme="lora").peft
     assert adapters.__fn_or_cls__ is llm.peft.LoRA and adapters.dim == 8
+
+
+def test_processes_that_differ_hear_what_differs(tmp_path: Path) -> None:
+    from orpo_megatron.nemo import orpo
+
+    def start() -> str:
+        with pytest.raises(ConfigError) as caught:
+            orpo(**tiny(data__cache_dir=str(tmp_path), data__seed=int(os.environ["RANK"])))
+        return str(caught.value)
+
+    host = socket.gethostname()
+    message = (
+        f"data.seed differs between processes: 0 on rank 0 ({host}), 1 on rank 1 ({host}). Start the same recipe with "
+        "the same overrides on every node."
+    )
+    assert run_forked(2, start) == [message, message]

@@ -149,6 +149,7 @@ def test_two_processes_hear_the_same_of_every_part(tmp_path: Path) -> None:
         attempt(lambda: dist.init_process_group("gloo") or dist.get_world_size())
         peers.timeout = 1.0
         attempt(lambda: rank or peers.settle("plan", lambda: None))
+        attempt(lambda: agreement.Peers.join().settle("a", lambda: "again", lambda _: {"x": (1, "")}))
     """
     here = socket.gethostname()
     first, second = run(body.replace("/tmp", str(tmp_path)), {}, {}, cwd=folders)
@@ -165,8 +166,8 @@ def test_two_processes_hear_the_same_of_every_part(tmp_path: Path) -> None:
         "ConfigError: Rank 1 of 2 did not finish the plan within 1 s of rank 0. See what these processes say "
         "themselves. Where they were only slow, raise dist.distributed_timeout_minutes."
     )
-    assert first == ["0", *both, f"ConfigError: On rank 1 ({here}): {defect}", unshared, "None", "2", late]
-    assert second == ["1", *both, defect, unshared, "None", "2", "1"]
+    assert first == ["0", *both, f"ConfigError: On rank 1 ({here}): {defect}", unshared, "None", "2", late, "again"]
+    assert second == ["1", *both, defect, unshared, "None", "2", "1", "again"]
     assert [list((folder / "run").iterdir()) for folder in folders] == [[], []] and len(list(tmp_path.iterdir())) == 2
 
 

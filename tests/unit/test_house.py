@@ -75,6 +75,7 @@ RULES = {
     "orpo_megatron.exact": ("megatron", "torch", "transformers", *ours("data", "core", "bridge", "nemo", "cpu")),
     "orpo_megatron.console": ("megatron", "torch", "transformers", *ours("data", "core", "bridge", "nemo", "cpu")),
     "orpo_megatron.agreement": ("megatron", "transformers", *ours("data", "core", "bridge", "nemo", "cpu")),
+    "orpo_megatron.facts": ("megatron", *ours("core", "bridge", "nemo", "cpu", "train")),
     "orpo_megatron.data": ("megatron", "nemo", *ours("core", "bridge", "nemo", "cpu", "train")),
     "orpo_megatron.core": ("megatron.bridge", "nemo", *ours("bridge", "nemo", "cpu", "train")),
     "orpo_megatron.bridge": ("nemo", *ours("nemo", "cpu", "train")),
@@ -123,7 +124,7 @@ def test_the_entry_point_imports_neither_megatron_nor_torch_nor_transformers_its
     assert crossings(PACKAGE / "train.py", walls, at_import=True) == []
 
 
-@pytest.mark.parametrize("name", ["agreement", "bridge.common", "versions"])
+@pytest.mark.parametrize("name", ["agreement", "bridge.common", "facts", "versions"])
 def test_what_runs_before_the_recipe_is_read_imports_nothing_heavy_itself(name: str) -> None:
     walls = ("megatron", "torch", "transformers", *ours("core", "cpu", "data", "bridge.prepare", "bridge.train"))
     path = PACKAGE / f"{name.replace('.', '/')}.py"
@@ -132,7 +133,10 @@ def test_what_runs_before_the_recipe_is_read_imports_nothing_heavy_itself(name: 
 
 def test_only_entry_points_import_the_cpu_redirects() -> None:
     walls = ("orpo_megatron.cpu", "orpo_megatron.machine")
-    users = {name_of(path) for path in [*MODULES, *TOOLS] if crossings(path, walls)} - {"orpo_megatron.machine"}
+    users = {name_of(path) for path in [*MODULES, *TOOLS] if crossings(path, walls)} - {
+        "orpo_megatron.machine",
+        "orpo_megatron.cpu",
+    }
     programs = {"orpo_megatron.train", "orpo_megatron.nemo.finetune"}
     assert programs <= users and all(name.startswith("tools.") for name in users - programs)
 

@@ -75,6 +75,11 @@ CHUNKS = PIPELINE | {"model.virtual_pipeline_model_parallel_size": 2}
         ),
         (
             LLAMA,
+            {"checkpoint.async_save": True},
+            "checkpoint.async_save (True) must be False on a CPU: what would write",
+        ),
+        (
+            LLAMA,
             {"ddp.use_distributed_optimizer": False, "optimizer.use_distributed_optimizer": True},
             "ddp.use_distributed_optimizer (False) would become True",
         ),
@@ -90,7 +95,7 @@ CHUNKS = PIPELINE | {"model.virtual_pipeline_model_parallel_size": 2}
             "model.moe_aux_loss_coeff (0.01) must be a number for one model.moe_router_load_balancing_type and a list",
         ),
     ],
-    ids=["layout", "batched exchange", "dtype", "reduction", "optimizer", "expert bias", "balancing", "coefficients"],
+    ids="layout exchange dtype reduction background optimizer expert-bias balancing coefficients".split(),
 )
 def test_what_would_not_be_so_is_refused(
     two_ranks: None, tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], message: str
