@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.bridge.training.model_load_save import temporary_distributed_context
 from transformers import AutoConfig, PretrainedConfig
 
 from orpo_megatron.bridge.checkpoint import checkpoint_folder, source_of, stored_dtype, stored_elements
 from orpo_megatron.bridge.export import Companions, companions_of, generation_config, write_model
 from orpo_megatron.bridge.families import find_family
-from orpo_megatron.bridge.load import load_checkpoint_model
+from orpo_megatron.bridge.load import load_checkpoint_model, one_process
 from orpo_megatron.bridge.mapping import unused_tensors
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, make_bridge, set_dtype
 from orpo_megatron.bridge.place import in_gb, written_beside
@@ -192,7 +191,7 @@ def import_checkpoint(
     fit_to_machine(provider)
     provider.finalize()
     on_cpu = not torch.cuda.is_available()
-    with temporary_distributed_context("gloo" if on_cpu else "nccl"):
+    with one_process():
         chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
         with ByteProgress("Reading", stored.num_bytes(stored.dtype)) as progress:
             bridge.watch = progress.add
@@ -251,7 +250,7 @@ def _export(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Loads a checkpoint and writes it."""
-    with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
+    with one_process():
         say(f"Loading {checkpoint} ...")
         chunks = load_checkpoint_model(checkpoint)
         write_model(bridge, chunks, folder, companions, dtype=dtype, shard_bytes=shard_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from megatron.bridge.training.checkpointing import (
     _generate_model_state_dict,
     apply_peft_adapter_filter_to_state_dict,
 )
-from megatron.bridge.training.model_load_save import load_model_config
+from megatron.bridge.training.initialize import destroy_global_state
+from megatron.bridge.training.model_load_save import load_model_config, temporary_distributed_context
 from megatron.bridge.utils.instantiate_utils import instantiate
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -19,6 +22,16 @@ from megatron.core.utils import unwrap_model
 
 from orpo_megatron.bridge.checkpoint import RUN_CONFIG, base_of, checkpoint_folder, is_hugging_face, stored_dtype
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, set_dtype
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Has Megatron run on this process alone, and forget it in the end, so that it can be set up anew."""
+    try:
+        with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
+            yield
+    finally:
+        destroy_global_state()
 
 
 def load_checkpoint_model(folder: Path, dtype: torch.dtype | None = None) -> list[torch.nn.Module]:

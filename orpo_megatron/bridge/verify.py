@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.bridge.training.model_load_save import temporary_distributed_context
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.bridge.load import load_checkpoint_model
+from orpo_megatron.bridge.load import load_checkpoint_model, one_process
 from orpo_megatron.config import ConfigError
 from orpo_megatron.core.row import row_params
 from orpo_megatron.data.sources import first_line
@@ -99,7 +98,7 @@ def hf_logits(folder: str, tokens: Sequence[torch.Tensor], dtype: torch.dtype, t
 @torch.no_grad()
 def megatron_logits(checkpoint: Path, tokens: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
     """Runs a Megatron checkpoint on one process; arguments and result as ``hf_logits``."""
-    with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
+    with one_process():
         (model,) = load_checkpoint_model(checkpoint, torch.float32)
         _round(model.eval(), dtype)
         return [_forward(model, ids).float().cpu() for ids in tokens]

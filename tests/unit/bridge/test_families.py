@@ -191,6 +191,10 @@ def test_verify_of_an_import_and_of_an_export(
     assert run(convert, tmp_path, "export", tmp_path / "megatron", tmp_path / "back", "--verify") == 0
     verdicts = [line for line in capfd.readouterr().err.splitlines() if "PASS: logits of " in line]
     assert len(verdicts) == 2
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    assert not parallel_state.model_parallel_is_initialized()  # Megatron can be set up anew in this process
+    assert num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None
     assert weights_of(tmp_path / "back").keys() == weights_of(hf).keys()  # tied embeddings are written once
 
     from orpo_megatron.bridge import verify
