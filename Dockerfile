@@ -8,7 +8,7 @@
 #       torchrun --nproc-per-node 8 -m orpo_megatron.train recipes/RECIPE.yaml
 #
 # Both run as user 10001, which must be able to write to a mounted folder. Nobody has built them yet: there was no
-# Docker engine. tests/e2e/test_dockerfile.py runs their steps without one.
+# Docker engine. tests/cluster/test_dockerfile.py runs their steps without one.
 
 FROM python:3.12.12-slim-bookworm AS cpu
 ENV UV_COMPILE_BYTECODE=1

@@ -6,6 +6,7 @@ PYTHON ?= python$(shell cat .python-version)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile
 EXTRAS := cpu,demo,dev,launch-imports
 # NeMo 2.x has an environment of its own, with the last Python that it takes.
 PYTHON_NEMO ?= python3.11
@@ -22,12 +23,12 @@ export HF_HUB_OFFLINE := 1
 pin = $(shell grep -E '^$(1)==' constraints.txt)
 pin-nemo = $(shell grep -E '^$(1)==' constraints-nemo.txt)
 
-.PHONY: help venv test lint types unit mutations test-nemo demo format clean
+.PHONY: help venv test lint types unit test-cluster mutations test-nemo demo format clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## set up .venv with pinned versions
 
@@ -56,7 +57,10 @@ types: $(STAMP)  ## types
 	$(PY) -m mypy
 
 unit: $(STAMP)  ## tests only
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) --ignore tests/cluster
+
+test-cluster: $(STAMP)  ## two nodes, Slurm, Kubernetes, the images' steps, Bridge's own recipes
+	$(PYTEST) tests/cluster
 
 mutations: $(STAMP)  ## break the code on purpose, one mistake after another, and see a test fail
 	$(PY) tests/mutations.py
