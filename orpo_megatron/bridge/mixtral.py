@@ -1,6 +1,6 @@
 """Mixtral between Hugging Face and Megatron: the bridge that Megatron-Bridge 0.6 does not have.
 
-Importing this module registers it with ``AutoBridge``.
+Importing this module registers it with ``AutoBridge``. It names grouped experts; ``CompletedBridge`` adds local ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import MixtralForCausalLM
 
 _LAYER, _HF_LAYER = "decoder.layers.*", "model.layers.*"
-_HF_EXPERT = f"{_HF_LAYER}.block_sparse_moe.experts.*"
+_EXPERTS, _HF_EXPERT = f"{_LAYER}.mlp.experts", f"{_HF_LAYER}.block_sparse_moe.experts.*"
 #: Weights that have one counterpart each. Bridge knows by itself where a norm lies without Transformer Engine.
 _SAME = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -27,14 +27,6 @@ _SAME = {
     f"{_LAYER}.pre_mlp_layernorm.weight": f"{_HF_LAYER}.post_attention_layernorm.weight",
     f"{_LAYER}.mlp.router.weight": f"{_HF_LAYER}.block_sparse_moe.gate.weight",
 }
-#: Where Megatron keeps an expert's matrices: grouped by Transformer Engine, or one module an expert.
-_EXPERTS = (
-    (f"{_LAYER}.mlp.experts.linear_fc1.weight*", f"{_LAYER}.mlp.experts.linear_fc2.weight*"),
-    (
-        f"{_LAYER}.mlp.experts.local_experts.*.linear_fc1.weight",
-        f"{_LAYER}.mlp.experts.local_experts.*.linear_fc2.weight",
-    ),
-)
 
 
 @MegatronModelBridge.register_bridge(source=MixtralForCausalLM, target=GPTModel, model_type="mixtral")
@@ -86,9 +78,10 @@ class MixtralBridge(MegatronModelBridge):
                 **{name: f"{_HF_LAYER}.self_attn.{name}_proj.weight" for name in "qkv"},
             )
         )
-        for gate_and_up, down in _EXPERTS:
-            mappings += [
-                GatedMLPMapping(gate_and_up, gate=f"{_HF_EXPERT}.w1.weight", up=f"{_HF_EXPERT}.w3.weight"),
-                AutoMapping(megatron_param=down, hf_param=f"{_HF_EXPERT}.w2.weight"),
-            ]
+        mappings += [
+            GatedMLPMapping(
+                f"{_EXPERTS}.linear_fc1.weight*", gate=f"{_HF_EXPERT}.w1.weight", up=f"{_HF_EXPERT}.w3.weight"
+            ),
+            AutoMapping(megatron_param=f"{_EXPERTS}.linear_fc2.weight*", hf_param=f"{_HF_EXPERT}.w2.weight"),
+        ]
         return MegatronMappingRegistry(*mappings)
