@@ -20,6 +20,8 @@ from orpo_megatron.config import ConfigError, PeerError
 
 #: How long a process waits for the others to come as far; torchrun starts them together.
 START_SECONDS = 120.0
+#: How long rank 0 stays for the others to hear that all end.
+LEAVE_SECONDS = 3.0
 #: How long a shared file system may take to show a new file to other nodes.
 VISIBLE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
@@ -165,7 +167,12 @@ class Peers:
             # Rank 0 may itself wait for a rank that comes as late as it may.
             elif not self._appear([f"{part}/verdict"], 2 * self.timeout):
                 raise PeerError(_late("Rank 0", part, 2 * self.timeout, f"rank {self._rank}"))
-            return json.loads(self._store.get(f"{part}/verdict"))
+            verdict: str | None = json.loads(self._store.get(f"{part}/verdict"))
+            if verdict is not None:  # this process is about to end, and the store may be rank 0's
+                self._store.set(f"{part}/heard {self._rank}", "")
+                if self._rank == 0:
+                    self._appear([f"{part}/heard {rank}" for rank in range(self._world_size)], LEAVE_SECONDS)
+            return verdict
 
     def _judge(self, part: str) -> str | None:
         """Returns what is wrong with the records of all processes; rank 0 calls it."""
