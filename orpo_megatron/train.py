@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(recipe: Recipe, dry_run: bool, peers: Peers) -> int:
     """Prepares, then prints or trains."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in recipe.sections.get("env_vars", {}).items():
+        os.environ.setdefault(name, str(value))  # Bridge does it too, when CUDA has read them already
     world_size, run_dir = int(os.environ.get("WORLD_SIZE", "1")), recipe.run_dir
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         raise ConfigError("This is one of several Slurm tasks without WORLD_SIZE. Have each node start torchrun.")
@@ -94,7 +96,8 @@ def _prepare(recipe: Recipe, world_size: int, dry_run: bool) -> tuple[Pretrained
 
     hf_config = prepare.load_hf_config(recipe, dry_run=dry_run)
     prepare.check_pretrained(recipe, hf_config)
-    return hf_config, *rundir.plan_run(recipe, hf_config, world_size, recipe.run_dir / rundir.CHECKPOINTS)
+    checkpoints = recipe.run_dir / rundir.CHECKPOINTS
+    return hf_config, *rundir.plan_run(recipe, hf_config, world_size, checkpoints, here=not dry_run)
 
 
 def _train(recipe: Recipe, hf_config: PretrainedConfig, prepared: Prepared) -> bool:

@@ -52,10 +52,10 @@ MUTATIONS = (
         ("tests/unit/data/test_dataset.py",),
     ),
     Mutation(
-        "padding is scored",
+        "the first token of padding counts as one of the sequence",
         "orpo_megatron/data/dataset.py",
-        "scored = np.arange(first_scored, len(tokens))",
-        "scored = np.arange(first_scored, length)",
+        "self._padding.append(places >= len(tokens))",
+        "self._padding.append(places > len(tokens))",
         ("tests/unit/data/test_dataset.py",),
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Converts between Hugging Face and Megatron checkpoints, on a CPU or a GPU, with one copy of the model in memory.
+"""Converts between Hugging Face and Megatron checkpoints, on the CPU, with one copy of the model in memory.
 
     python tools/convert.py import HF_MODEL MEGATRON_FOLDER          weights for checkpoint.pretrained_checkpoint
     python tools/convert.py export RUN_DIR HF_FOLDER                 a run's latest checkpoint, or one of its iter_*
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from orpo_megatron import cpu
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         return convert(args)
     except ConfigError as error:
         say(f"error: {error}")
+        return EXIT_ERROR
+    except Exception:  # status 1 says that --verify found another model, and nothing else
+        traceback.print_exc()
         return EXIT_ERROR
 
 
@@ -89,8 +93,7 @@ def convert(args: argparse.Namespace) -> int:
     """Runs one conversion; returns the exit status."""
     check_new(args.folder)
     with logged_to(args.cache_dir / "logs" / "convert.txt"):
-        if cpu.activate():
-            say("No GPU found: converting on the CPU.")
+        cpu.activate()
         from orpo_megatron.bridge.convert import DifferentModelError, Options, export_model, import_model
         from orpo_megatron.data.sources import resolve
 

@@ -5,8 +5,8 @@
     python tools/launch.py kubernetes --image IMAGE --pvc CLAIM:/shared --nodes 4 RECIPE run.dir=/shared/run
 
 Each node starts torchrun, which starts a process a GPU; they meet on the first node. The recipe is checked and
-resolved here, and the job gets the result. --dryrun prints what would be submitted. Needs the extra `launch` (pip
-install 'orpo-megatron[launch]'). Exit status: 0 if the job was submitted, or did its work where this waits for it
+resolved here, and a job elsewhere gets the result. --dryrun prints what would be submitted. Needs the extra `launch`
+(pip install 'orpo-megatron[launch]'). Exit status: 0 if the job was submitted, or did its work where this waits for it
 (local, Kubernetes), 1 if it failed, 2 if something does not fit.
 """
 
@@ -31,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from orpo_megatron.bridge.paths import check_paths
 from orpo_megatron.bridge.recipe import Recipe, check_layout, load_recipe
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import report_error, say
@@ -293,40 +294,6 @@ def write(recipe: Recipe, folder: str) -> Path:
     path = Path(folder, RESOLVED)
     path.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
-
-
-def check_paths(recipe: Recipe, mounts: Sequence[str] | None) -> None:
-    """Checks that a job, which starts in another folder, finds what the recipe names.
-
-    Args:
-        recipe: The recipe.
-        mounts: What its container sees of shared file systems; None without a container.
-
-    Raises:
-        ConfigError: If run.dir or run.cache_dir does not lie there, or another path is relative to this folder.
-    """
-    data = recipe.data
-    sources = {
-        "data.train": data.train,
-        "data.eval": data.eval,
-        "data.tokenizer": data.tokenizer,
-        "model.hf": recipe.hf,
-    }
-    for setting, value in sources.items():
-        for name in [value] if isinstance(value, str) else value or []:
-            if not Path(name).is_absolute() and Path(name).exists():
-                raise ConfigError(
-                    f"{setting} ({name}) is relative, and the job does not start in this folder. Give an absolute "
-                    "path that the nodes know."
-                )
-    for setting, folder in {"run.dir": recipe.run_dir, "run.cache_dir": recipe.cache_dir}.items():
-        if not folder.is_absolute():
-            raise ConfigError(f"{setting} ({folder}) must be an absolute path on a file system that all nodes share.")
-        if mounts is not None and not any(folder.is_relative_to(mount) for mount in mounts):
-            raise ConfigError(
-                f"{setting} ({folder}) must lie in a folder that the container shares with the nodes "
-                f"({', '.join(mounts) or 'none is mounted'}), or it is gone when the job ends."
-            )
 
 
 def check_rendezvous(endpoint: str, seconds: int) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""What knows Megatron-Bridge. Only ``settings`` and ``recipe`` may be imported without it.
+"""What knows Megatron-Bridge. What checks a recipe is imported without it (tests/unit/test_house.py lists that).
 
 ``from orpo_megatron.bridge import orpo`` turns one of Bridge's own configurations into an ORPO run.
 """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from transformers import PretrainedConfig
@@ -22,7 +23,7 @@ from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import check_provider, fit_to_rows, make_bridge
 from orpo_megatron.bridge.prepare import load_hf_config, model_source
 from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, Recipe, build_recipe
-from orpo_megatron.bridge.rundir import plan_run, write_records
+from orpo_megatron.bridge.rundir import CHECKPOINTS, latest_step, plan_run, write_records
 from orpo_megatron.bridge.train import make_dataset
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank, say
@@ -46,6 +47,11 @@ _MODEL_SETTINGS = (
     "moe_router_load_balancing_type",
     "moe_z_loss_coeff",
 )
+#: What a recipe would refuse, and Bridge has off by default.
+_REFUSED_SETTINGS = {
+    "train": ("rampup_batch_size", "step_batch_size_schedule"),
+    "checkpoint": ("ckpt_step", "finetune", "non_persistent_ckpt_type"),
+}
 _PLAIN = (bool, int, float, str, list)
 
 
@@ -69,10 +75,11 @@ def orpo(
             taken as the pairs of a step, ``train.train_iters`` as their number.
         data: The training pairs, or the settings of a recipe's section ``data`` (``DataConfig``).
         hf: Hugging Face id or folder of weights, tokenizer and architecture; by default what the configuration names.
-            Weights come from there unless there is a checkpoint to resume from, or one is given as
-            ``checkpoint.pretrained_checkpoint``.
-        run: The settings of a recipe's section ``run`` (``RunConfig``). By default the folder is the one that holds
-            ``checkpoint.save``. Nothing is exported; ``tools/convert.py export`` does that.
+            Weights come from there unless there is a checkpoint to resume from in ``checkpoint.load``, or one is given
+            as ``checkpoint.pretrained_checkpoint``.
+        run: The settings of a recipe's section ``run`` (``RunConfig``). By default the folder is ``checkpoint.save``,
+            or the one that holds it where it is called ``checkpoints``. Nothing is exported;
+            ``tools/convert.py export`` does that.
         num_epochs: Passes over the pairs, in place of ``train.train_iters``.
         **objective: The settings of a recipe's section ``orpo`` (``OrpoConfig``), such as ``beta``.
 
@@ -90,7 +97,7 @@ def orpo(
     peers = Peers.join(timeout=60.0 * config.dist.distributed_timeout_minutes)
     recipe, changes = peers.settle("reading of the configuration", read, lambda found: start_facts(found[0].as_dict()))
     hf_config, prepared, step = prepare_alike(peers, recipe, lambda: _prepare(config, recipe))
-    _take_rows(config, recipe, prepared)
+    changes += _take_rows(config, recipe, prepared)
     if step == 0 and config.checkpoint.pretrained_checkpoint is None:
         _start_from(config, recipe, hf_config)
     if rank() == 0:
@@ -123,11 +130,19 @@ def _read(
             "The configuration names no Hugging Face model (model.hf_model_id or tokenizer.tokenizer_model), which "
             "weights and tokenizer come from. Give orpo(..., hf=ID_OR_FOLDER)."
         )
+    if (run or {}).get("export"):
+        raise ConfigError(
+            "run.export (True) must be False: a configuration of Bridge exports nothing. Leave it out, and run "
+            "tools/convert.py export on the run's folder afterwards."
+        )
     given = {"train": data} if isinstance(data, str) else dict(data)
-    precision = config.mixed_precision
+    precision, folder = config.mixed_precision, Path(config.checkpoint.save)
+    refused = {section: _switched_on(getattr(config, section), names) for section, names in _REFUSED_SETTINGS.items()}
+    length = {"num_epochs": num_epochs} if num_epochs else {"train_iters": config.train.train_iters}
     sections = {
         "model": {"hf": str(hf), **_given(config.model, _MODEL_SETTINGS)},
-        "train": {"num_epochs": num_epochs} if num_epochs else {"train_iters": config.train.train_iters},
+        **refused,
+        "train": {**length, **refused["train"]},
         "validation": {"eval_interval": config.validation.eval_interval if given.get("eval") else None},
         "rng": {"seed": config.rng.seed},
         "optimizer": _changed(config.optimizer),
@@ -140,7 +155,7 @@ def _read(
             "orpo": dict(objective),
             "data": {"pairs_per_step": config.train.global_batch_size, **given},
             "run": {
-                "dir": str(Path(config.checkpoint.save).parent),
+                "dir": str(folder.parent if folder.name == CHECKPOINTS else folder),
                 "progress": "none",
                 "export": False,
                 **(run or {}),
@@ -156,6 +171,11 @@ def _given(settings: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
 
 
+def _switched_on(settings: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns those of some settings that ask for something."""
+    return {name: value for name in names if (value := getattr(settings, name, None))}
+
+
 def _changed(settings: Any) -> dict[str, Any]:
     """Returns the plain settings of a configuration object that are not their class's defaults."""
     if settings is None:
@@ -169,8 +189,26 @@ def _prepare(config: ConfigContainer, recipe: Recipe) -> tuple[PretrainedConfig,
     """Reads model and data and plans; returns the model's configuration, the plans and the step to go on from."""
     hf_config = load_hf_config(recipe)
     _check_same_model(config, recipe, hf_config)
-    checkpoints = Path(config.checkpoint.load or config.checkpoint.save)
-    return hf_config, *plan_run(recipe, hf_config, int(os.environ.get("WORLD_SIZE", "1")), checkpoints)
+    return hf_config, *plan_run(recipe, hf_config, int(os.environ.get("WORLD_SIZE", "1")), _checkpoints(config))
+
+
+def _checkpoints(config: ConfigContainer) -> Path:
+    """Returns the folder of checkpoints that a run goes on from and saves to.
+
+    Raises:
+        ConfigError: If it would save over checkpoints without going on from them, or elsewhere than it goes on from.
+    """
+    save, load = Path(config.checkpoint.save), config.checkpoint.load
+    if load is not None and Path(load).absolute() == save.absolute():
+        return save
+    for name, folder in (("save", save), ("load", Path(load) if load else save)):
+        if step := latest_step(folder):
+            raise ConfigError(
+                f"config.checkpoint.{name} ({folder}) holds a run at step {step}, so checkpoint.save ({save}) and "
+                f"checkpoint.load ({load}) must be one folder: a run goes on where it saves. Set both to it to go on, "
+                "or save to another folder; checkpoint.pretrained_checkpoint starts from weights of another run."
+            )
+    return save
 
 
 def _check_same_model(config: ConfigContainer, recipe: Recipe, hf_config: PretrainedConfig) -> None:
@@ -196,11 +234,13 @@ def _set_right(config: ConfigContainer) -> list[str]:
         ConfigError: If that would be another way to spread the model altogether.
     """
     changes = []
+    if isinstance(config.mixed_precision, str):
+        config.mixed_precision = get_mixed_precision_config(config.mixed_precision)
     for name, (exact, reason) in EXACT_SETTINGS.items():
         section, key = name.split(".")
         target = getattr(config, section, None)
         value = getattr(target, key, None)
-        if value in (None, exact):
+        if value is None or value == exact:
             continue
         if any(word in key for word in _STRATEGIES):
             raise ConfigError(f"config.{name} ({value}) must be {exact}: {reason}. Turn it off.")
@@ -226,10 +266,14 @@ def _fit_to_machine(config: ConfigContainer) -> list[str]:
     return [f"orpo() turned {change}." for change in changes]
 
 
-def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> None:
-    """Has a configuration train on the rows of the plan."""
+def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> list[str]:
+    """Has a configuration train on the rows of the plan; returns what that changed of the model, in words."""
     plan, eval_plan, model = prepared.plan, prepared.eval_plan, config.model
+    names = tuple(f.name for f in dataclasses.fields(model))
+    before = _given(model, names)
     fit_to_rows(model, recipe, here=True, share_prefix=plan.share_prefix)
+    after = _given(model, names)
+    changed = [f"{name} from {old} to {after[name]}" for name, old in before.items() if after.get(name, old) != old]
     check_provider(model, recipe, here=True, share_prefix=plan.share_prefix)
     config.dataset = make_dataset(recipe, prepared, fill_empty_rows=has_auxiliary_loss(model))
     # Bridge only asks it for the size of the vocabulary.
@@ -242,6 +286,7 @@ def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> N
     config.validation.eval_iters = eval_plan.num_steps if eval_plan else 0
     config.validation.eval_global_batch_size = eval_plan.rows_per_step if eval_plan else plan.rows_per_step
     config.validation.eval_micro_batch_size = 1
+    return [f"orpo() set of the model, for packed rows on this machine: {', '.join(changed)}."] if changed else []
 
 
 def _start_from(config: ConfigContainer, recipe: Recipe, hf_config: PretrainedConfig) -> None:

@@ -63,7 +63,8 @@ def check_kept(container: Any, recipe: Recipe) -> None:
             if isinstance(final, torch.dtype):
                 final = str(final).removeprefix("torch.")
                 given = str(given).removeprefix("torch.")
-            if isinstance(final, (bool, int, float, str)) and final != given:
+            lost = final is None and isinstance(given, str) and hasattr(target, key)
+            if lost or (isinstance(final, (bool, int, float, str)) and final != given):
                 raise ConfigError(
                     f"{section}.{key} ({given}) would become {final}: it follows from other settings, such as "
                     "mixed_precision. Leave it out, or change what it follows from."

@@ -15,6 +15,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_model_config
 
 from orpo_megatron.bridge.rundir import METRICS as METRICS_FILE
+from orpo_megatron.bridge.rundir import read_metrics
 from orpo_megatron.console import Progress, rank
 from orpo_megatron.core.moe import has_auxiliary_loss
 from orpo_megatron.core.moe_log import auxiliary_losses
@@ -126,13 +127,7 @@ def keep_until(path: Path, step: int) -> None:
     """Drops from a metrics file every line beyond ``step``, and a last line that was cut off."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    fresh.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
     fresh.replace(path)

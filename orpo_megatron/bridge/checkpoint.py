@@ -11,6 +11,7 @@ import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from orpo_megatron.bridge.rundir import TRACKER, latest_step
 from orpo_megatron.bridge.weights import read_headers, some
 from orpo_megatron.config import ConfigError
 
@@ -34,11 +35,10 @@ def checkpoint_folder(path: Path) -> Path:
     for root in (path, path / "checkpoints"):
         if (root / RUN_CONFIG).is_file():
             return root
-        tracker = root / "latest_checkpointed_iteration.txt"
-        if tracker.is_file():  # a newer folder may be there that was never completed
-            latest = root / f"iter_{int(tracker.read_text()):07d}"
+        if step := latest_step(root):  # a newer folder may be there that was never completed
+            latest = root / f"iter_{step:07d}"
             if not (latest / RUN_CONFIG).is_file():
-                raise ConfigError(f"{latest}, the latest checkpoint by {tracker}, is not whole. Name an earlier one.")
+                raise ConfigError(f"{latest}, the latest by {root / TRACKER}, is not whole. Name an earlier one.")
             return latest
         found = sorted(root.glob(f"iter_*/{RUN_CONFIG}"))
         if found:

@@ -11,7 +11,11 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training import config as bridge_config
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, MixedPrecisionConfig
+from megatron.bridge.training.mixed_precision import (
+    MIXED_PRECISION_RECIPES,
+    MixedPrecisionConfig,
+    get_mixed_precision_config,
+)
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from torch.utils.data import Dataset
 
@@ -187,12 +191,22 @@ def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan
 
 
 def _mixed_precision(value: Any) -> Any:
-    """Returns Bridge's precision setting: a name such as ``bf16_mixed``, an object, or None for fp32."""
+    """Returns Bridge's precision setting: a name such as ``bf16_mixed``, an object, or None for fp32.
+
+    Bridge's own FP8 precisions hold the weights in FP8 as well. Those start from what was in memory before weights of
+    Hugging Face are loaded, as far as the optimizer knows: see ``EXACT_SETTINGS``. Here they stay in bf16.
+    """
     if isinstance(value, str) and value.replace("-", "_") not in MIXED_PRECISION_RECIPES:
         raise ConfigError(
             f"mixed_precision ({value!r}) is no precision of Megatron-Bridge's."
             f"{nearest(value, (name for name in MIXED_PRECISION_RECIPES if '-' not in name))}"
         )
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        precision = get_mixed_precision_config(value)
+        if not precision.fp8_param_gather:
+            return value
+        precision.fp8_param_gather = precision.reuse_grad_buf_for_mxfp8_param_ag = False
+        return precision
     return apply_settings(MixedPrecisionConfig(), value, "mixed_precision")

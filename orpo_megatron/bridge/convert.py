@@ -1,4 +1,4 @@
-"""Hugging Face to Megatron and back, on a CPU or a GPU, with one copy of the model in memory."""
+"""Hugging Face to Megatron and back, on the CPU, with one copy of the model in memory."""
 
 from __future__ import annotations
 
@@ -190,9 +190,8 @@ def import_checkpoint(
     set_dtype(provider, dtype)
     fit_to_machine(provider)
     provider.finalize()
-    on_cpu = not torch.cuda.is_available()
     with one_process():
-        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=on_cpu)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
         with ByteProgress("Reading", stored.num_bytes(stored.dtype)) as progress:
             bridge.watch = progress.add
             try:

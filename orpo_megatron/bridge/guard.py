@@ -19,6 +19,7 @@ from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.kept import FOLDER, plain, save_step
 from orpo_megatron.config import ConfigError, OrpoConfig, RunConfig
 from orpo_megatron.console import say
+from orpo_megatron.core.finite import any_bad, gradient_extremes, on_any_rank
 from orpo_megatron.core.ranks import from_all_ranks
 from orpo_megatron.core.step import make_forward_step
 
@@ -26,8 +27,6 @@ from orpo_megatron.core.step import make_forward_step
 _NAMED = 3
 #: After so many skipped steps one after another a run stops.
 _SKIPS_IN_A_ROW = 10
-#: Elements of a gradient buffer that are looked at in one go; 32 bits can number them.
-_PART = 2**30
 _KEPT = "Its rows are kept in {path}; replay them with tools/verify_parity.py RECIPE --batch {path}{weights}."
 _REMEDY = (
     "No rank has taken the step. Look at these pairs, or lower optimizer.lr; the same command with "
@@ -106,11 +105,9 @@ class StepGuard(Callback):
     def check(self) -> tuple[bool, bool]:
         """Returns whether a loss, and whether a gradient, is not finite on any rank; all ranks call it."""
         losses = [loss for _, loss in self.seen]
-        extremes = self._extremes() if self.check_gradients else []
-        bad = torch.stack([_any_bad(losses), _any_bad(extremes)]).int()
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        bad_loss, bad_gradient = bad.tolist()
-        return bool(bad_loss), bool(bad_gradient)
+        extremes = gradient_extremes(self.model) if self.check_gradients else []
+        bad_loss, bad_gradient = on_any_rank(any_bad(losses), any_bad(extremes))
+        return bad_loss, bad_gradient
 
     def report(self, bad_loss: bool) -> str:
         """Keeps the step's rows and says what is wrong; all ranks call it.
@@ -162,23 +159,13 @@ class StepGuard(Callback):
         file, line = self.source(pair)
         return f"pair {pair} ({file}:{line})"
 
-    def _extremes(self) -> list[torch.Tensor]:
-        """Returns the least and the largest element of each gradient buffer, NaN where it holds one.
-
-        They cannot overflow, as a sum could. Of a distributed optimizer's buffers each rank's own shard is summed up
-        and the rest is its own contribution; a rank without trainable parameters has no buffer.
-        """
-        buffers = [buffer for chunk in self.model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        parts = [part for buffer in buffers for part in buffer.grad_data.split(_PART)]
-        return [extreme for part in parts for extreme in torch.aminmax(part)]
-
     def _bad_parameters(self) -> list[str]:
         """Returns the first parameters of this rank whose gradient is not finite; one more than a message names."""
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         stage = f" (pipeline rank {parallel_state.get_pipeline_model_parallel_rank()})" if stages > 1 else ""
         names = []
         for name, parameter in _trainable(self.model) if self.check_gradients else ():
-            if _any_bad(list(torch.aminmax(parameter.main_grad))):
+            if any_bad(list(torch.aminmax(parameter.main_grad))):
                 names.append(f"{name}{stage}")
                 if len(names) > _NAMED:
                     break
@@ -241,7 +228,7 @@ def bad_rows(model: Sequence[Any], rows: Sequence[PackedRow], objective: OrpoCon
                 forward_only=False,
             )
         extremes = [extreme for _, parameter in _trainable(model) for extreme in torch.aminmax(parameter.main_grad)]
-        bad += [bool(_any_bad(extremes))] * len(group)
+        bad += [bool(any_bad(extremes))] * len(group)
     return bad
 
 
@@ -270,13 +257,6 @@ def _trainable(model: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         for name, parameter in chunk.module.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
-
-
-def _any_bad(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns whether any of some scalars is not finite, as a tensor on the device."""
-    if not values:
-        return torch.zeros((), dtype=torch.bool, device=torch.cuda.current_device())
-    return ~torch.stack([value.float() for value in values]).isfinite().all()
 
 
 def _rows_of_last_stage(rows: list[PackedRow]) -> list[PackedRow]:

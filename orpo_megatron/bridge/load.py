@@ -1,4 +1,4 @@
-"""A Megatron checkpoint's whole model on one process, however it was split."""
+"""A Megatron checkpoint's whole model on one process, however it was split; in host memory, which holds any."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, set_dtyp
 def one_process() -> Iterator[None]:
     """Has Megatron run on this process alone, and forget it in the end, so that it can be set up anew."""
     try:
-        with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
+        with temporary_distributed_context("gloo"):
             yield
     finally:
         destroy_global_state()
@@ -44,7 +44,7 @@ def load_checkpoint_model(folder: Path, dtype: torch.dtype | None = None) -> lis
         dtype: Dtype of the model; by default the checkpoint's.
 
     Returns:
-        The model as one chunk.
+        The model as one chunk, on the CPU.
     """
     provider, _ = load_model_config(str(folder))
     _unsplit(provider)
@@ -55,9 +55,7 @@ def load_checkpoint_model(folder: Path, dtype: torch.dtype | None = None) -> lis
         adapters = instantiate(yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))["peft"])
         provider.register_pre_wrap_hook(lambda chunks: adapters(_load_base(chunks, Path(base)), training=False))
     provider.finalize()
-    chunks = provider.provide_distributed_model(
-        wrap_with_ddp=False, use_cpu_initialization=not torch.cuda.is_available()
-    )
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     _load_weights(chunks, folder, adapters)
     return chunks
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -22,6 +24,7 @@ from orpo_megatron.bridge.mapping import check_covered
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError
+from orpo_megatron.core.attention import attention_window
 from orpo_megatron.core.local import takes_local_layers, turn_off_fusions
 from orpo_megatron.core.moe import has_auxiliary_loss
 
@@ -129,10 +132,24 @@ def make_provider(
     provider.make_vocab_size_divisible_by = 1
     provider.expert_tensor_parallel_size = 1
     set_dtype(provider, torch.float32)
+    if HAVE_TE:
+        fuse(provider)
     fit_to_rows(provider, recipe, here=here, share_prefix=share_prefix)
     apply_settings(provider, recipe.sections["model"], "model")
     check_provider(provider, recipe, here=here, share_prefix=share_prefix)
     return provider
+
+
+def fuse(provider: GPTModelProvider) -> None:
+    """Turns on fused kernels that Megatron-Bridge has off for all families but Llama.
+
+    Without them the rotary embedding of packed rows asks the GPU for every sequence's length, in each layer, and a
+    gated MLP keeps two tensors more for backward.
+    """
+    if provider.position_embedding_type == "rope" and not provider.multi_latent_attention:
+        provider.apply_rope_fusion = True
+    if provider.gated_linear_unit and provider.activation_func is F.silu and not provider.use_te_activation_func:
+        provider.bias_activation_fusion = True
 
 
 def fit_to_rows(provider: GPTModelProvider, recipe: Recipe, *, here: bool, share_prefix: bool) -> None:
@@ -151,6 +168,7 @@ def fit_to_rows(provider: GPTModelProvider, recipe: Recipe, *, here: bool, share
     provider.hidden_dropout = provider.attention_dropout = 0.0
     provider.calculate_per_token_loss = False
     provider.cross_entropy_loss_fusion = False
+    provider.cuda_graph_scope = None  # by which Megatron-Core would turn graphs on that EXACT_SETTINGS has off
     if recipe.parallel_size("virtual_pipeline_model") > 1:
         # Batched exchange of both directions crosses them over gloo: wrong without a word for rows of one length.
         provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
@@ -185,6 +203,13 @@ def check_provider(provider: GPTModelProvider, recipe: Recipe, *, here: bool, sh
         raise ConfigError(
             "data.share_prefix must be off for this model: its routers have a loss of their own, which would count a "
             "shared prompt once. Set it to off, or the coefficients (model.moe_aux_loss_coeff, moe_z_loss_coeff) to 0."
+        )
+    window = attention_window(provider)
+    if window is not None and recipe.data.max_length > window and (share_prefix or (here and takes_local_layers())):
+        raise ConfigError(
+            f"data.max_length ({recipe.data.max_length}) must be at most the model's attention window ({window}) "
+            "where prompts are shared or there is no Transformer Engine. Lower it, or train on a GPU with "
+            "data.share_prefix off."
         )
     if here:
         _check_here(provider, recipe)
@@ -268,6 +293,9 @@ def set_dtype(provider: GPTModelProvider, dtype: torch.dtype) -> None:
 def fit_to_machine(provider: GPTModelProvider) -> None:
     """Takes Megatron-Core's local layers and no fused kernels where there is no Transformer Engine or no GPU."""
     if not takes_local_layers():
+        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+            # Transformer Engine needs no such kernel of apex, but Megatron-Core refuses to build its output layer.
+            provider.gradient_accumulation_fusion = False
         return
     use_local_layers(provider)
     turn_off_fusions(provider)

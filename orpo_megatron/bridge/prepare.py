@@ -156,7 +156,13 @@ def _check_declared(recipe: Recipe, found: PretrainedConfig) -> None:
 
 
 def prepare_run(
-    recipe: Recipe, hf_config: PretrainedConfig, world_size: int, rows_per_step: int | None, show_progress: bool
+    recipe: Recipe,
+    hf_config: PretrainedConfig,
+    world_size: int,
+    rows_per_step: int | None,
+    show_progress: bool,
+    *,
+    here: bool = True,
 ) -> Prepared:
     """Tokenises what is not in the cache and plans the run; every rank may call it, one does the work.
 
@@ -166,6 +172,8 @@ def prepare_run(
         world_size: Number of ranks.
         rows_per_step: Rows of a step as a checkpoint fixed them, or None.
         show_progress: Whether this rank shows the progress of tokenising.
+        here: Whether it shall run on this machine; otherwise it is planned for one with GPUs, if it is in a precision
+            for them.
 
     Returns:
         Data and plans.
@@ -173,6 +181,8 @@ def prepare_run(
     Raises:
         ConfigError: If the data, the tokenizer or the layout do not fit.
     """
+    import torch
+
     check_layout(recipe, hf_config, world_size)
     rows_at_once = recipe.data_parallel_size(world_size)
     if recipe.parallel_size("virtual_pipeline_model") > 1:
@@ -191,6 +201,7 @@ def prepare_run(
         sequence_multiple_of=sequence_multiple(recipe),
         rows_per_step=rows_per_step,
         prefix_conflict=prefix_conflict(recipe, hf_config),
+        on_gpu=torch.cuda.is_available() if here else bool(recipe.sections.get("mixed_precision")),
         show_progress=show_progress,
     )
 
@@ -228,13 +239,18 @@ def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     path = recipe.setting("checkpoint.pretrained_checkpoint")
     if path is None:
         return
+    from orpo_megatron.bridge.checkpoint import RUN_CONFIG, checkpoint_folder, is_hugging_face
+    from orpo_megatron.bridge.rundir import TRACKER
+
     folder = Path(path)
-    configs = [folder / "run_config.yaml", *sorted(folder.glob("iter_*/run_config.yaml"), reverse=True)]
-    found = next((c for c in configs if c.is_file()), None)
-    if found is None:
-        if (folder / "config.json").is_file():
-            return  # a Hugging Face folder, which Bridge takes too
-        raise ConfigError(f"checkpoint.pretrained_checkpoint ({path}) holds no Megatron checkpoint (run_config.yaml).")
+    if is_hugging_face(folder):
+        return  # Bridge takes it too
+    found = checkpoint_folder(folder) / RUN_CONFIG
+    if found.parent != folder and not (folder / TRACKER).is_file():  # Bridge would see none, and draw weights
+        raise ConfigError(
+            f"checkpoint.pretrained_checkpoint ({path}) must be a checkpoint, or a folder with {TRACKER}. Give "
+            f"{found.parent}."
+        )
     model = (yaml.safe_load(found.read_text(encoding="utf-8")) or {}).get("model") or {}
     pairs = {
         "num_layers": "num_hidden_layers",

@@ -44,9 +44,17 @@ _REPLACED_SETTINGS = {
     "model.make_vocab_size_divisible_by to pad it further.",
     "model.variable_seq_lengths": "It is on wherever pipeline stages exchange packed rows.",
     "model.transformer_layer_spec": "It is Transformer Engine's where that is installed, else the local one.",
+    "model.cuda_graph_scope": "Rows differ in length, so that there are no CUDA graphs.",
+    "model.cuda_graph_modules": "Rows differ in length, so that there are no CUDA graphs.",
     "checkpoint.save": "Checkpoints lie in run.dir.",
     "checkpoint.load": "A run resumes from run.dir by itself. To start from a Megatron checkpoint, give "
     "checkpoint.pretrained_checkpoint.",
+    "checkpoint.ckpt_step": "A run goes on from its latest checkpoint. To start from an earlier one, give it to "
+    "another run as checkpoint.pretrained_checkpoint.",
+    "checkpoint.finetune": "A run goes on from its latest checkpoint. To start from its weights alone, give them to "
+    "another run as checkpoint.pretrained_checkpoint.",
+    "checkpoint.non_persistent_ckpt_type": "A run goes on from checkpoints in run.dir. Give checkpoint.save_interval, "
+    "and checkpoint.most_recent_k to keep few of them.",
     "logger.tensorboard_dir": "TensorBoard files lie in run.dir.",
     "rng.data_parallel_random_init": "Replicas must start alike.",
     "rerun_state_machine.check_for_nan_in_loss": "run.on_nonfinite says what happens then, on all ranks alike.",
@@ -300,7 +308,8 @@ def check_layout(recipe: Recipe, hf_config: Any, world_size: int) -> None:
         )
     for what, count, kind in parts:
         size = recipe.parallel_size(kind)
-        if count is not None and count % size:
+        copied = what == "key-value heads" and count and size % count == 0  # one for several ranks
+        if count is not None and count % size and not copied:
             raise ConfigError(
                 f"The model's {count} {what} cannot be split over model.{kind}_parallel_size ({size}). "
                 f"Use {_largest_divisors(count, size)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from orpo_megatron.versions import versions
 
 RECIPE, DATA_REPORT, METRICS, CHECKPOINTS, HF = "recipe.yaml", "data_report.json", "metrics.jsonl", "checkpoints", "hf"
 
+#: Where Megatron says which checkpoint is the latest that is whole.
+TRACKER = "latest_checkpointed_iteration.txt"
 #: Settings that a run may change when it goes on: none of them moves the trajectory.
 _FREE_SECTIONS = {"run", "logger", "checkpoint", "dist", "ddp", "profiling", "straggler", "nvrx_straggler", "ft"} | {
     "validation", "comm_overlap", "env_vars", "tensor_inspect", "inprocess_restart", RECORD,
@@ -46,7 +49,7 @@ def latest_step(checkpoints: Path) -> int:
     Raises:
         ConfigError: If the tracker file does not hold a step.
     """
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    tracker = checkpoints / TRACKER
     if not tracker.is_file():
         return 0
     text = tracker.read_text().strip()
@@ -84,7 +87,9 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return ((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(RECORD) or {}) if path.is_file() else {}
 
 
-def plan_run(recipe: Recipe, hf_config: PretrainedConfig, world_size: int, checkpoints: Path) -> tuple[Prepared, int]:
+def plan_run(
+    recipe: Recipe, hf_config: PretrainedConfig, world_size: int, checkpoints: Path, *, here: bool = True
+) -> tuple[Prepared, int]:
     """Prepares data and plans as the latest checkpoint wants them, if there is one.
 
     Args:
@@ -92,6 +97,7 @@ def plan_run(recipe: Recipe, hf_config: PretrainedConfig, world_size: int, check
         hf_config: The model's Hugging Face configuration.
         world_size: Number of ranks.
         checkpoints: The folder that the run saves to and goes on from.
+        here: As in ``prepare_run``.
 
     Returns:
         Data and plans, and the step that the run goes on from, 0 at its start.
@@ -106,7 +112,7 @@ def plan_run(recipe: Recipe, hf_config: PretrainedConfig, world_size: int, check
             f"data.rows_per_step ({recipe.data.rows_per_step}) must stay {rows_per_step}, as in the checkpoints of "
             f"{recipe.run_dir}. Leave it out, or give another run.dir."
         )
-    prepared = prepare_run(recipe, hf_config, world_size, rows_per_step, show_progress=rank() == 0)
+    prepared = prepare_run(recipe, hf_config, world_size, rows_per_step, show_progress=rank() == 0, here=here)
     if step:
         check_same_run(recipe.run_dir, record.get("trajectory") or {}, trajectory(recipe, prepared))
     return prepared, step
@@ -178,12 +184,22 @@ def last_metrics(run_dir: Path, step: int | None = None) -> dict[str, Any]:
         run_dir: The folder of the run.
         step: Look no further than this step.
     """
-    path, metrics = run_dir / METRICS, dict[str, Any]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        record = json.loads(line)
+    metrics: dict[str, Any] = {}
+    for record in read_metrics(run_dir / METRICS):
         if step is None or record["step"] <= step:
             metrics.update(record)
     return metrics
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file, if it is there, but for one that was cut off when the run was killed."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
 
 
 def write_model_card(recipe: Recipe, folder: Path, run_dir: Path | None = None, step: int | None = None) -> None:
@@ -201,7 +217,7 @@ def write_model_card(recipe: Recipe, folder: Path, run_dir: Path | None = None, 
     card = model_card(
         base_model=recipe.hf or "",
         recipe=recipe.as_dict(),
-        data_report=reports.get("train") or {},
+        data_report=reports.get("train"),
         metrics=last_metrics(run_dir, step),
         versions=versions(),
     )

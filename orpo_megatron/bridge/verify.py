@@ -101,6 +101,7 @@ def megatron_logits(checkpoint: Path, tokens: Sequence[torch.Tensor], dtype: tor
     with one_process():
         (model,) = load_checkpoint_model(checkpoint, torch.float32)
         _round(model.eval(), dtype)
+        model.to(_device())
         return [_forward(model, ids).float().cpu() for ids in tokens]
 
 

@@ -30,7 +30,7 @@ class PackedAttention(MegatronModule):
         """Takes the arguments that Megatron-Core gives every core attention; heads and sizes follow from the data."""
         super().__init__(config)
         self.scale: float | None = kwargs.get("softmax_scale")
-        self.window: int | None = config.window_size[0] + 1 if config.window_size else None
+        self.window = attention_window(config)
         self.cp_group = kwargs["pg_collection"].cp
         check_softmax(config)
 
@@ -73,6 +73,12 @@ class PackedAttention(MegatronModule):
             gathered = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
             key, value = (x.index_select(0, packed_seq_params.gather_order) for x in gathered)
         return attend(query, key, value, packed_seq_params.spans, self.scale)
+
+
+def attention_window(config: TransformerConfig) -> int | None:
+    """Returns how many tokens, itself among them, a token of the model sees at most; None where it sees all before."""
+    before = config.window_size[0] if config.window_size else -1
+    return before + 1 if before >= 0 else None
 
 
 def check_softmax(config: TransformerConfig) -> None:

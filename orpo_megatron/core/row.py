@@ -45,10 +45,15 @@ def row_params(row: PackedRow, device: torch.device | str | int, cp_size: int = 
         held = torch.cat([zigzag_positions(lengths, cp_size, rank) for rank in range(cp_size)])
         order = held.argsort().to(device, non_blocking=True)
     cu_seqlens, max_seqlen = row.cu_seqlens.to(device, non_blocking=True), row.max_seqlen
+    # Megatron-Core's unfused rotary embedding, which shared prompts take, reads single lengths: on the host that is
+    # free, on a GPU each would wait for it. PackedAttention does not look at these, as Transformer Engine's would.
+    on_host = row.cu_seqlens if row.shares_prefix else None
     return RowParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=on_host,
+        cu_seqlens_kv_padded=on_host,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
         spans=Spans(attention_spans(row, cp_size, cp_rank), int(row.cu_seqlens[-1]), device),

@@ -93,7 +93,7 @@ def make_forward_step(
     """Makes the forward step of an ORPO run.
 
     Args:
-        objective: Weight and scope of the loss, and how the head works.
+        objective: Weight and averaging of the loss, and how the head works; its ``nll_scope`` is the plan's by now.
         num_microbatches: Tells how many microbatches the running step has on this rank.
         observe: Is handed each training microbatch on the last pipeline stage: the whole row, and its share of the
             global batch's loss, detached.
@@ -133,7 +133,7 @@ def row_loss(
 
     Args:
         row: The row, or this context-parallel rank's share of it.
-        objective: Weight and scope of the loss.
+        objective: Weight and averaging of the loss.
         num_microbatches: Microbatches of this step on this rank.
         per_token_logps: Log-probs of the row's scored tokens, fp32 [n].
         by_length: Whether metrics also come by the length of a pair's responses, as an evaluation reports them.

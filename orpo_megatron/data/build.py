@@ -6,6 +6,7 @@ Worker processes get blocks of raw rows and do all the work: parsing, layout, ch
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -78,10 +79,10 @@ def build(
     role: str,
     show_progress: bool,
 ) -> None:
-    """Tokenises every row of the files into ``folder``; memory does not grow with them.
+    """Tokenises every row of the files into ``folder``; memory grows with none of them but with an array in JSON.
 
     It writes ``tokens.bin`` (int32), ``index.bin`` (:data:`INDEX_DTYPE`, a record a pair), ``bad_rows.jsonl`` and
-    ``report.json``.
+    ``report.json``, which holds a hash of all token ids and of where they are cut.
 
     Args:
         folder: An empty folder.
@@ -111,7 +112,8 @@ def build(
     report = _report(totals, role, files, tokenizer).to_dict()
     del report["bad_rows"]  # they have a file of their own
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    text = json.dumps({**report, "pad_token_id": pad}, ensure_ascii=False, indent=1)
+    values = {**report, "pad_token_id": pad, "content_hash": totals.content_hash()}
+    text = json.dumps(values, ensure_ascii=False, indent=1)
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
@@ -144,6 +146,7 @@ class _Totals:
         self.bad_rows: Counter[str] = Counter()
         self._sums = dict.fromkeys(PARTS, 0)
         self._longest = dict.fromkeys(PARTS, 0)
+        self._hashes = hashlib.sha256(), hashlib.sha256()
 
     @property
     def num_tokens(self) -> int:
@@ -156,10 +159,17 @@ class _Totals:
         self.num_truncated += encoded.num_truncated
         self.layouts[self._files[encoded.place]] += encoded.layouts
         self.bad_rows.update(row.reason for row in encoded.bad_rows)
+        tokens, cuts = self._hashes  # two, so that neither depends on how files are cut into blocks
+        tokens.update(encoded.tokens)
+        cuts.update(np.stack([encoded.index[part] for part in PARTS], axis=1).tobytes())
         for part in PARTS:
             lengths = encoded.index[part]
             self._sums[part] += int(lengths.sum(dtype=np.int64))
             self._longest[part] = max(self._longest[part], int(lengths.max(initial=0)))
+
+    def content_hash(self) -> str:
+        """Returns a hash of the pairs: of their token ids, and of where these are cut."""
+        return hashlib.sha256(b"".join(part.digest() for part in self._hashes)).hexdigest()
 
     def statistics(self, part: str) -> dict[str, float]:
         """Returns mean, largest and total of a part's lengths in tokens."""

@@ -201,7 +201,8 @@ def find_files(source: str, split: str) -> list[DataFile]:
     """Returns what holds the rows of a source, in reading order.
 
     In a folder of files, those named after the split (``train.jsonl``, ``train-00000-of-00002.parquet``) are taken
-    where there are any, else all of them, sorted by name; a folder of other splits only is refused.
+    where there are any, else those with its name in theirs (``pairs_train.jsonl``), else all of them, sorted by name;
+    a folder of other splits only is refused.
 
     Args:
         source: A JSONL, JSON or Parquet file, a folder of them, a folder saved by ``datasets``, or a hub name.
@@ -237,14 +238,20 @@ def _in_folder(folder: Path, split: str) -> list[DataFile]:
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
     if not paths:
         raise ConfigError(f"Data folder {str(folder)!r} holds no file that ends in {', '.join(SUFFIXES)}.")
-    splits = [re.sub(r"[-_]\d+([-_]of[-_]\d+)?$", "", path.name.split(".")[0]) for path in paths]
-    chosen = [path for path, name in zip(paths, splits, strict=True) if name == split]
-    if not chosen and any(name in SPLIT_NAMES for name in splits):
+    stems = [re.sub(r"[-_]\d+([-_]of[-_]\d+)?$", "", path.name.split(".")[0]) for path in paths]
+    chosen = [path for path, stem in zip(paths, stems, strict=True) if stem == split]
+    chosen = chosen or [path for path, stem in zip(paths, stems, strict=True) if _names(stem, split)]
+    if not chosen and any(_names(stem, name) for stem in stems for name in SPLIT_NAMES):
         raise ConfigError(
-            f"Data folder {str(folder)!r} holds no split {split!r} but {', '.join(sorted(set(splits)))}. Set "
+            f"Data folder {str(folder)!r} holds no split {split!r} but {', '.join(sorted(set(stems)))}. Set "
             "data.train_split or data.eval_split, or name the files."
         )
     return [_data_file(path) for path in chosen or paths]
+
+
+def _names(stem: str, split: str) -> bool:
+    """Tells whether a file's name holds that of a split, as a word of its own: not in ``constraint``."""
+    return re.search(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])", stem) is not None
 
 
 def _load_saved(folder: Path, split: str) -> LoadedDataset:

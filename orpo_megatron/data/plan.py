@@ -243,7 +243,7 @@ class StepPlan:
         return int(self._nll_tokens[self.pairs(step)].sum())
 
     def summary(self) -> PlanSummary:
-        """Returns the plan's figures; packs every step to get them."""
+        """Returns the plan's figures, of all of its steps."""
         num_tokens, longest_row, fill = 0, 0, 0.0
         positions = self.lengths.padded_tokens(1, self.share_prefix)
         of_pairs = [np.append(values, 0) for values in (self._costs, positions, self._tokens)]

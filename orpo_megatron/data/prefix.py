@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.plan import PairLengths
 
@@ -26,7 +24,7 @@ class PrefixChoice:
     why: str
 
 
-def choose_prefix(setting: str, conflict: str | None, lengths: PairLengths) -> PrefixChoice:
+def choose_prefix(setting: str, conflict: str | None, lengths: PairLengths, *, on_gpu: bool) -> PrefixChoice:
     """Decides whether the two sides of a pair share one prompt.
 
     With p prompt tokens a pair and c and r tokens of responses, sharing saves p of 2p + c + r.
@@ -35,6 +33,7 @@ def choose_prefix(setting: str, conflict: str | None, lengths: PairLengths) -> P
         setting: ``data.share_prefix``: auto, on or off.
         conflict: What of the run a shared prompt does not go with, in words, if there is anything.
         lengths: Token counts of the training pairs.
+        on_gpu: Whether the run is for a GPU, where ``auto`` leaves it off until it is measured there.
 
     Raises:
         ConfigError: If it is on and would not be exact, or another setting would be without effect.
@@ -51,7 +50,7 @@ def choose_prefix(setting: str, conflict: str | None, lengths: PairLengths) -> P
         return PrefixChoice(False, f"{twice} (data.share_prefix auto: it does not go with {conflict})")
     if saved < WORTH_IT:
         return PrefixChoice(False, f"{twice} (data.share_prefix auto: once would save only {saved:.1%} of all tokens)")
-    if torch.cuda.is_available():
+    if on_gpu:
         return PrefixChoice(
             False,
             f"{twice} (data.share_prefix auto: not measured on a GPU yet; on would save {saved:.1%} of all tokens)",

@@ -46,6 +46,7 @@ def prepare_data(
     sequence_multiple_of: int,
     rows_per_step: int | None,
     prefix_conflict: str | None,
+    on_gpu: bool,
     show_progress: bool,
 ) -> Prepared:
     """Tokenises what is not in the cache and plans the run; every rank may call it, one does the work.
@@ -62,6 +63,7 @@ def prepare_data(
         sequence_multiple_of: As in ``make_plan``.
         rows_per_step: Rows of a step as a checkpoint fixed them, or None.
         prefix_conflict: What of the run a shared prompt does not go with, in words, if there is anything.
+        on_gpu: Whether the run is for a GPU.
         show_progress: Whether this rank shows the progress of tokenising.
 
     Raises:
@@ -87,7 +89,7 @@ def prepare_data(
 
     store = store_of(data.train, data.train_split, "train")
     eval_store = store_of(data.eval, data.eval_split, "eval") if data.eval is not None else None
-    prefix = choose_prefix(str(data.share_prefix), prefix_conflict, store.lengths)  # a word by now
+    prefix = choose_prefix(str(data.share_prefix), prefix_conflict, store.lengths, on_gpu=on_gpu)  # a word by now
     plan = make_plan(
         store.lengths,
         nll_scope=nll_scope,

@@ -12,10 +12,11 @@ A row is text (a prompt and two continuations) or a conversation (messages and t
 - ``hh``: whole transcripts as plain text, turns that start with ``Human:`` and ``Assistant:`` after an
   empty line (Anthropic's HH-RLHF), read as conversations, so that a chat model is trained in its own format.
 - ``sharegpt``: ``conversations`` of turns with ``from`` and ``value``, and one turn each as ``chosen`` and
-  ``rejected``; a ``system`` text beside them becomes the first message.
+  ``rejected``.
 
-Messages may say ``role`` and ``content`` or ``from`` and ``value`` everywhere. A conversation is: perhaps a system
-message, then user and assistant in turn, the response an assistant message after a user message.
+A ``system`` text beside a conversation becomes its first message. Messages may say ``role`` and ``content`` or
+``from`` and ``value`` everywhere. A conversation is: perhaps a system message, then user and assistant in turn, the
+response an assistant message after a user message.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from orpo_megatron.data.files import Block, DataFile, Record, UnusableError, fin
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROWS_TO_RECOGNISE = 100
+#: What others render into the prompt. A row that has one is not trained on without it.
+UNSUPPORTED_FIELDS = ("tools", "images", "videos", "chat_template_kwargs")
 
 
 class Message(NamedTuple):
@@ -90,7 +93,7 @@ def read_rows(source: str, split: str, layout: str = "auto") -> Iterator[Prefere
     Args:
         source: A JSONL, JSON or Parquet file, a folder of them, a folder saved by ``datasets``, or a hub name.
         split: Split to take from a folder or from the hub.
-        layout: One of :data:`orpo_megatron.config.LAYOUTS`; ``auto`` looks at each row's fields.
+        layout: ``data.layout``, as in ``DataConfig``; ``auto`` looks at each row's fields.
 
     Raises:
         ConfigError: If there is no such source or a file cannot be read at all.
@@ -132,6 +135,7 @@ def rows_of_block(block: Block, file: str, layout: str, usual: str) -> Iterator[
                 raise UnusableError("wrong type", f"(the row is a {_kind(record)}, not an object with fields)")
             found = recognise(record) if layout == "auto" else layout
             prompt, chosen, rejected = PARSERS[found](record)
+            prompt = _after_system(record, prompt)
             if layout == "auto" and found == "implicit_prompt" != usual and isinstance(prompt, str):
                 raise UnusableError("missing field", "'prompt'")  # two texts may well begin alike by chance
             _check_responses(chosen, rejected, tie=found in ("implicit_prompt", "hh"))
@@ -213,8 +217,6 @@ def _hh(record: dict[str, Any]) -> Parts:
 def _sharegpt(record: dict[str, Any]) -> Parts:
     """Reads the turns so far and one turn each for the responses."""
     messages = _messages(_field(record, "conversations"), "conversations")
-    if record.get("system"):
-        messages = (Message("system", _text(record["system"], "system")), *messages)
     _check_roles(messages)
     chosen, rejected = (_response(_field(record, name), name) for name in ("chosen", "rejected"))
     return messages, chosen, rejected
@@ -227,6 +229,23 @@ PARSERS: dict[str, Callable[[dict[str, Any]], Parts]] = {
     "hh": _hh,
     "sharegpt": _sharegpt,
 }
+
+
+def _after_system(record: dict[str, Any], prompt: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+    """Returns a prompt after the system text beside it, and refuses a row with a field that cannot be rendered."""
+    for name in UNSUPPORTED_FIELDS:
+        if record.get(name) not in (None, "", "[]", [], {}):
+            raise UnusableError("field not supported", repr(name))
+    if not record.get("system"):
+        return prompt
+    if isinstance(prompt, str):
+        raise UnusableError("field not supported", "('system' beside plain text, which has no place for it)")
+    system = Message("system", _text(record["system"], "system"))
+    if prompt[0].role != "system":
+        return system, *prompt
+    if prompt[0] != system:
+        raise UnusableError("roles out of order", "('system' differs from the conversation's own system message)")
+    return prompt
 
 
 def _conversations(record: dict[str, Any]) -> ConversationParts:
@@ -296,6 +315,8 @@ def _message(value: Any, name: str) -> Message:
     """Returns one message, from ``role`` and ``content`` or ``from`` and ``value``."""
     if not isinstance(value, dict):
         raise UnusableError("wrong type", f"({name!r} holds a {_kind(value)}, expected a message)")
+    if value.get("tool_calls"):
+        raise UnusableError("field not supported", f"'tool_calls' of a message in {name!r}")
     content = value["content"] if value.get("content") is not None else value.get("value")
     if content is None:
         raise UnusableError("missing field", f"'content' of a message in {name!r}")

@@ -22,7 +22,7 @@ from orpo_megatron.data.tokens import TokenizedPair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CACHED_SETTINGS = ("layout", "max_length", "max_prompt_length", "overlong")
 CACHE_FILES = (TOKENS, INDEX, BAD_ROWS, REPORT)
 
@@ -32,7 +32,7 @@ class PairStore:
 
     Attributes:
         folder: The cache folder.
-        content_hash: SHA-256 over the data, the tokenizer and the settings; the folder's name.
+        content_hash: SHA-256 over the pairs as token ids.
         lengths: Token counts of every pair.
         report: What became of every row.
         pad_token_id: The id to fill rows with.
@@ -41,11 +41,11 @@ class PairStore:
     def __init__(self, folder: Path, role: str, files: list[str]) -> None:
         """Opens the cache in ``folder``, which was built from ``files`` (by their present names)."""
         self.folder, self._role, self._files = folder, role, files
-        self.content_hash = folder.name
         self._index, self._tokens = _mapped(folder / INDEX, INDEX_DTYPE), _mapped(folder / TOKENS, np.dtype(np.int32))
         self.lengths = PairLengths(*(self._index[part] for part in PARTS))
         values = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         self.pad_token_id: int = values["pad_token_id"]
+        self.content_hash: str = values["content_hash"]
         self.report = DataReport.from_dict(values, role, files, folder)
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ def prepare(
         split: Split to take from a folder or from the hub.
         config: The recipe's ``data`` section.
         tokenizer_name: What :func:`orpo_megatron.data.sources.load_tokenizer` takes.
-        cache_dir: The cache lies in ``data/<content hash>/`` under it.
+        cache_dir: The cache lies in ``data/<hash of all that goes into it>/`` under it.
         role: What the data is for, in messages: ``train`` or ``eval``.
         show_progress: Whether to show progress on the standard error stream: a bar in a terminal, else a line.
 
@@ -99,7 +99,7 @@ def prepare(
     files = [file for name in names for file in find_files(name, split)]
     tokenizer = load_tokenizer(tokenizer_name, cache_dir, config.chat_template)
     root = Path(cache_dir).expanduser().absolute() / "data"
-    folder = root / _content_hash(files, tokenizer, config, Path(cache_dir))
+    folder = root / _cache_key(files, tokenizer, config, Path(cache_dir))
 
     def build_in(scratch: Path) -> None:
         build(scratch, files, tokenizer, config, role, show_progress)
@@ -115,9 +115,7 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _content_hash(
-    files: list[DataFile], tokenizer: PreTrainedTokenizerBase, config: DataConfig, cache_dir: Path
-) -> str:
+def _cache_key(files: list[DataFile], tokenizer: PreTrainedTokenizerBase, config: DataConfig, cache_dir: Path) -> str:
     """Hashes everything that the cache depends on; the files by content and order, not by name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = {

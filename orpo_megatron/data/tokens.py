@@ -55,20 +55,6 @@ class TokenizedPair:
     truncated: bool = False
 
 
-def encode_pair(
-    row: PreferenceRow,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    overlong: str,
-) -> TokenizedPair | BadRow:
-    """Tokenises one row; see :func:`encode_pairs`."""
-    limits = Limits(max_length, max_prompt_length, overlong)
-    (pair,) = encode_pairs([row], tokenizer, limits)
-    return pair
-
-
 def encode_pairs(
     rows: Sequence[PreferenceRow | BadRow], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> list[TokenizedPair | BadRow]:
@@ -154,7 +140,7 @@ def _texts(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
         return row.prompt, row.chosen, row.rejected, False
     if tokenizer.chat_template:
         return *_templated(row.prompt, row.chosen, row.rejected, tokenizer), True
-    if row.layout == "hh":
+    if row.layout == "hh" and HH_SPEAKERS.keys() >= {message.role for message in row.prompt}:
         turns = (f"\n\n{HH_SPEAKERS[message.role]}: {message.content}" for message in row.prompt)
         return "".join(turns) + "\n\nAssistant:", f" {row.chosen}", f" {row.rejected}", False
     raise ConfigError(

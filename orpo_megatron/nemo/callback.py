@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from megatron.core.utils import get_model_config
 from nemo.lightning.megatron_parallel import MegatronStep
 
 from orpo_megatron.config import ConfigError
+from orpo_megatron.core.finite import any_bad, gradient_extremes, on_any_rank
 from orpo_megatron.core.ranks import on_rank_0
 from orpo_megatron.metrics import METRICS, averages, evaluation_metrics
 from orpo_megatron.nemo.loss import OrpoLossReduction
@@ -36,17 +38,21 @@ class OrpoMetrics(pl.Callback):
         """Logs a training step before its weights change, or adds to an evaluation.
 
         Raises:
-            ConfigError: On every rank, if the loss of a training step is not finite.
+            ConfigError: On every rank, if the loss or a gradient of a training step is not finite on any.
         """
         totals, self.step = self.step, {}
         if step.forward_only:
             self.evaluation = {name: total + self.evaluation.get(name, 0) for name, total in totals.items()}
             return
         metrics = on_rank_0(averages(totals), tuple(METRICS))
-        if not math.isfinite(metrics["loss"]):
+        # A loss scaler takes gradients that overflow for granted: it skips the step and lowers the scale by itself.
+        extremes = [] if get_model_config(step.pipeline[0]).fp16 else gradient_extremes(step.pipeline)
+        (bad_gradient,) = on_any_rank(any_bad(extremes))
+        if bad_gradient or not math.isfinite(metrics["loss"]):
+            what = "a gradient" if math.isfinite(metrics["loss"]) else "the loss"
             raise ConfigError(
-                f"The loss of step {step.step_i + 1} is {metrics['loss']}. The weights are still those before that "
-                "step. Lower optim.config.lr, or look for a broken pair in the data."
+                f"In step {step.step_i + 1} {what} is not finite. The weights are still those before that step. Lower "
+                "optim.config.lr, or look for a broken pair in the data."
             )
         step.pl_module.log_dict(metrics, batch_size=1)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
+import torch
 from nemo.collections import llm
 from nemo.lightning.pytorch.callbacks import PEFT
 
@@ -139,6 +140,7 @@ def _prepare(model: Any, data: PreferenceDataModule, trainer: nl.Trainer, object
         ),
         rows_per_step=None,
         prefix_conflict=prefix_conflict(config),
+        on_gpu=torch.cuda.is_available(),
         show_progress=rank() == 0,
     )
     plan, eval_plan = prepared.plan, prepared.eval_plan

@@ -18,7 +18,7 @@ from orpo_megatron.core.local import takes_local_layers, turn_off_fusions
 from orpo_megatron.exact import EXACT_SETTINGS, check_adapted_modules
 
 #: What makes no other model, so that it is set and said rather than refused.
-_SET_RIGHT = ("calculate_per_token_loss", "cross_entropy_loss_fusion")
+_SET_RIGHT = ("calculate_per_token_loss",)
 #: Settings of Transformer Engine's attention, which rows with shared prompts do without.
 _OF_ITS_ATTENTION = ("cp_comm_type", "fp8_dot_product_attention")
 
@@ -47,8 +47,6 @@ def check_model(model: Any) -> None:
         "mtp_num_layers": "this version does not train multi-token prediction",
         "multi_latent_attention": "it is not tested with NeMo",
         "use_transformer_engine_full_layer_spec": "those layers take no packed rows",
-        "enable_cuda_graph": "rows differ in length",
-        "external_cuda_graph": "rows differ in length",
     }
     for key, reason in refused.items():
         if getattr(config, key, None):
@@ -150,6 +148,13 @@ def fit_model(model: llm.GPTModel, trainer: pl.Trainer, share_prefix: bool) -> l
         reason = EXACT_SETTINGS["model.calculate_per_token_loss"][1]
         changes.append(f"orpo() set model.config.calculate_per_token_loss from True to False: {reason}.")
     config.calculate_per_token_loss = config.cross_entropy_loss_fusion = False
+    for key in ("check_for_nan_in_grad", "check_for_large_grads"):
+        if getattr(trainer.strategy.ddp_config, key, False):
+            setattr(trainer.strategy.ddp_config, key, False)
+            changes.append(
+                f"orpo() set trainer.strategy.ddp.{key} from True to False: one rank would fail while the others "
+                "wait. Every step's loss and gradients are looked at on all ranks together."
+            )
     # Rows differ in length, so pipeline stages must exchange shapes; Megatron-Core ties that to this dispatcher.
     config.variable_seq_lengths = trainer.strategy.pipeline_model_parallel_size > 1
     config.moe_token_dispatcher_type = "alltoall"

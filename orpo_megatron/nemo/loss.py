@@ -23,7 +23,7 @@ def register(model: llm.GPTModel, objective: OrpoConfig) -> None:
 
     Args:
         model: The model; changed.
-        objective: Weight and scope of the loss, and how the head works.
+        objective: Weight and averaging of the loss, and how the head works.
     """
     model.config.data_step_fn = data_step
     model.config.forward_step_fn = _make_forward_step(objective)

@@ -88,17 +88,17 @@ REFUSED = [
     ([*SLURM, "--mount", "data"], "--mount (data:data) must be absolute paths: on the node, and in the container."),
     (
         [*SLURM, "run.dir=runs/a"],
-        "run.dir (runs/a) must be an absolute path on a file system that all nodes share.",
+        "run.dir (runs/a) is relative, and the job does not start in this folder. Give an absolute path on a file "
+        "system that all nodes share.",
     ),
     (
         [*SLURM, *CONTAINER, "run.dir=/scratch/a"],
-        "run.dir (/scratch/a) must lie in a folder that the container shares with the nodes (/lustre), or it is gone "
-        "when the job ends.",
+        "run.dir (/scratch/a) must lie in a folder that the container shares with the nodes (/lustre).",
     ),
     (
         [*SLURM, "data.train=examples/demo/train.jsonl"],
         "data.train (examples/demo/train.jsonl) is relative, and the job does not start in this folder. Give an "
-        "absolute path that the nodes know.",
+        "absolute path on a file system that all nodes share.",
     ),
     ([*SLURM, "--env", "HF_HOME"], "--env (HF_HOME) must be NAME=VALUE."),
     (

@@ -158,6 +158,27 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     assert len(training) == STEPS and len(evaluations) == 2
 
 
+def test_a_gradient_that_is_not_finite_ends_all_ranks_alike(tiny: TinyRecipe, weights: Path, tmp_path: Path) -> None:
+    """On one rank of two, whose loss is finite; the other one does not wait for it."""
+    with pytest.raises(AssertionError) as failed:
+        train(tiny, weights, tmp_path / "run", size=2, trainer__callbacks=[SpoilGradient(step=3, rank=1)])
+    said = "In step 3 a gradient is not finite. The weights are still those before that step."
+    assert str(failed.value).count(f"ConfigError: {said}") == 2
+    assert [r["step"] for r in figures(read_events(tmp_path / "run")) if "loss" in r] == [1, 2]
+
+
+class SpoilGradient(pl.Callback):
+    """Makes a gradient NaN, of one step on one rank."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step - 1 and trainer.global_rank == self.rank:
+            norms = [p for name, p in pl_module.named_parameters() if name.endswith("final_layernorm.weight")]
+            norms[0].register_hook(lambda gradient: gradient * float("nan"))
+
+
 class StopInStep(pl.Callback):
     """Ends a run as a crash would."""
 

@@ -19,7 +19,7 @@ import torch
 
 from orpo_megatron.batch import PackedRow
 from orpo_megatron.data.rows import Message, PreferenceRow
-from orpo_megatron.data.tokens import encode_pair
+from orpo_megatron.data.tokens import Limits, encode_pairs
 from orpo_megatron.logps import vocab_parallel_logps
 from orpo_megatron.loss import EPSILON, OrpoLoss, PairLogps, log_odds_ratio, odds_ratio_loss, orpo_loss
 from orpo_megatron.metrics import averages, step_metrics
@@ -316,7 +316,8 @@ def trl_tokens(trainer: Any, row: PreferenceRow) -> Pair:
 
 
 def our_tokens(row: PreferenceRow, tokenizer: Any, overlong: str) -> Any:
-    return encode_pair(row, tokenizer, max_length=2048, max_prompt_length=1792, overlong=overlong)
+    (pair,) = encode_pairs([row], tokenizer, Limits(2048, 1792, overlong))
+    return pair
 
 
 def lengths_and_ends(prompt: Any, chosen: Any, rejected: Any) -> list[tuple[int, bool]]:

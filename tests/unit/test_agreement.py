@@ -164,7 +164,7 @@ def test_two_processes_hear_the_same_of_every_part(tmp_path: Path) -> None:
     )
     late = (
         "ConfigError: Rank 1 of 2 did not finish the plan within 1 s of rank 0. See what these processes say "
-        "themselves. Where they were only slow, raise dist.distributed_timeout_minutes."
+        "themselves. Where they were only slow, start again; a recipe may raise dist.distributed_timeout_minutes."
     )
     assert first == ["0", *both, f"ConfigError: On rank 1 ({here}): {defect}", unshared, "None", "2", late, "again"]
     assert second == ["1", *both, defect, unshared, "None", "2", "1", "again"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +113,7 @@ def test_every_rule_is_of_a_module_that_is_there() -> None:
         "common",
         "weights",
         "place",
+        "paths",
         "checkpoint",
     ],
 )
@@ -139,6 +142,14 @@ def test_only_entry_points_import_the_cpu_redirects() -> None:
     }
     programs = {"orpo_megatron.train", "orpo_megatron.nemo.finetune"}
     assert programs <= users and all(name.startswith("tools.") for name in users - programs)
+
+
+def test_every_module_has_its_place_in_the_readme() -> None:
+    house = (REPO / "README.md").read_text(encoding="utf-8").split("## The house")[1].split("## ")[0]
+    named = Counter(re.findall(r"\w+\.py", house))
+    there = Counter(path.name for path in [*MODULES, *TOOLS] if path.name != "__init__.py")
+    assert there - named == Counter()
+    assert set(named) - set(there) == {"bridge_recipe.py", "megatron_core.py", "mutations.py"}  # of other folders
 
 
 @pytest.mark.parametrize("path", [*MODULES, *TOOLS], ids=name_of)

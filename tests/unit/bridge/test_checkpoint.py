@@ -64,8 +64,7 @@ def test_a_checkpoint_that_was_never_completed(run_dir: Path) -> None:
     (run_dir / "checkpoints" / "iter_0000008" / "run_config.yaml").unlink()
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert refusal(run_dir) == (
-        f"{run_dir / 'checkpoints' / 'iter_0000008'}, the latest checkpoint by {tracker}, is not whole. Name an "
-        "earlier one."
+        f"{run_dir / 'checkpoints' / 'iter_0000008'}, the latest by {tracker}, is not whole. Name an earlier one."
     )
 
 

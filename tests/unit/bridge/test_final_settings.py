@@ -13,6 +13,12 @@ from orpo_megatron.config import ConfigError
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 64}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | SIZES
+MISTRAL = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": 48,
+    "head_dim": 8,
+} | SIZES
 EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]} | SIZES
 EXPERTS |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
 
@@ -83,6 +89,16 @@ CHUNKS = PIPELINE | {"model.virtual_pipeline_model_parallel_size": 2}
             {"ddp.use_distributed_optimizer": False, "optimizer.use_distributed_optimizer": True},
             "ddp.use_distributed_optimizer (False) would become True",
         ),
+        (
+            LLAMA,
+            {"mixed_precision": "bf16_mixed", "model.fp8": "hybrid"},
+            "model.fp8 (hybrid) would become None: it follows from other settings, such as mixed_precision.",
+        ),
+        (
+            MISTRAL,
+            {},
+            "data.max_length (64) must be at most the model's attention window (48) where prompts are shared or there",
+        ),
         (EXPERTS, {"model.moe_router_enable_expert_bias": True}, "model.moe_router_enable_expert_bias (True) must be"),
         (
             EXPERTS,
@@ -95,7 +111,7 @@ CHUNKS = PIPELINE | {"model.virtual_pipeline_model_parallel_size": 2}
             "model.moe_aux_loss_coeff (0.01) must be a number for one model.moe_router_load_balancing_type and a list",
         ),
     ],
-    ids="layout exchange dtype reduction background optimizer expert-bias balancing coefficients".split(),
+    ids="layout exchange dtype reduction background optimizer fp8 window expert-bias balancing coefficients".split(),
 )
 def test_what_would_not_be_so_is_refused(
     two_ranks: None, tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], message: str
@@ -103,6 +119,46 @@ def test_what_would_not_be_so_is_refused(
     with pytest.raises(ConfigError) as refused:
         finalised(tmp_path, config, settings)
     assert str(refused.value).startswith(message)
+
+
+def test_weights_stay_in_bf16_beneath_fp8(bridge_on_cpu: None) -> None:
+    """The optimizer would start from what FP8 weights held before those of Hugging Face were loaded into them."""
+    from orpo_megatron.bridge.container import _mixed_precision
+
+    precision = _mixed_precision("bf16_with_fp8_current_scaling_mixed")
+    assert (precision.fp8, precision.fp8_recipe, precision.bf16) == ("hybrid", "tensorwise", True)
+    assert (precision.fp8_param, precision.fp8_param_gather) == (False, False)
+    assert not _mixed_precision("bf16_with_mxfp8_mixed").reuse_grad_buf_for_mxfp8_param_ag
+    assert _mixed_precision("bf16_mixed") == "bf16_mixed"
+    with pytest.raises(
+        ConfigError, match=r"mixed_precision\.fp8_param_gather \(True\) must be False: the optimizer would"
+    ):
+        build_recipe(
+            {
+                "run": {"dir": "run"},
+                "model": {"hf": "model"},
+                "data": {"train": "pairs.jsonl"},
+                "train": {"train_iters": 1},
+                "mixed_precision": {"fp8": "hybrid", "fp8_param_gather": True},
+            }
+        )
+
+
+def test_rotary_embedding_and_gated_silu_are_fused(bridge_on_cpu: None) -> None:
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from torch.nn.functional import gelu, silu
+
+    from orpo_megatron.bridge.model import fuse
+
+    def fused(**settings: Any) -> tuple[bool, bool]:
+        sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+        provider = GPTModelProvider(**sizes, **settings)
+        fuse(provider)
+        return provider.apply_rope_fusion, provider.bias_activation_fusion
+
+    assert fused(position_embedding_type="rope", gated_linear_unit=True, activation_func=silu) == (True, True)
+    assert fused(position_embedding_type="yarn", gated_linear_unit=True, activation_func=gelu) == (False, False)
+    assert fused(position_embedding_type="rope", activation_func=silu) == (True, False)
 
 
 @pytest.mark.parametrize("section", ["ddp", "optimizer"])

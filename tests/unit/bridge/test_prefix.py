@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from orpo_megatron.bridge.prefix import prefix_conflict
@@ -34,13 +33,10 @@ def recipe_of(share_prefix: Any = "auto", **settings: Any) -> Recipe:
     return build_recipe(values)
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def choice(recipe: Recipe, config: PretrainedConfig = DENSE, lengths: PairLengths = LONG_PROMPTS) -> tuple[bool, str]:
-    chosen = choose_prefix(recipe.data.share_prefix, prefix_conflict(recipe, config), lengths)
+def choice(
+    recipe: Recipe, config: PretrainedConfig = DENSE, lengths: PairLengths = LONG_PROMPTS, on_gpu: bool = False
+) -> tuple[bool, str]:
+    chosen = choose_prefix(recipe.data.share_prefix, prefix_conflict(recipe, config), lengths, on_gpu=on_gpu)
     return chosen.shared, chosen.why
 
 
@@ -71,11 +67,10 @@ def test_on_and_off_are_done_also_as_yaml_reads_them() -> None:
         recipe_of("maybe")
 
 
-def test_on_a_gpu_auto_waits_until_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    shared, why = choice(recipe_of())
+def test_on_a_gpu_auto_waits_until_it_is_measured() -> None:
+    shared, why = choice(recipe_of(), on_gpu=True)
     assert not shared and "not measured on a GPU yet; on would save 22.2% of all tokens" in why
-    assert choice(recipe_of("on"))[0]
+    assert choice(recipe_of("on"), on_gpu=True)[0]
 
 
 CONFLICTS = {

@@ -338,11 +338,21 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_the_latest_of_several_checkpoints_counts(values: Values, tmp_path: Path) -> None:
     checkpoint(tmp_path / "run" / "iter_0000002", hidden_size=64)
     checkpoint(tmp_path / "run" / "iter_0000010")
+    checkpoint(tmp_path / "run" / "iter_0000012", hidden_size=64)  # was never completed
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("10")
     check(values, str(tmp_path / "run"))
 
 
-def test_a_folder_without_a_checkpoint_is_refused(values: Values, tmp_path: Path) -> None:
-    message = f"checkpoint.pretrained_checkpoint ({tmp_path}) holds no Megatron checkpoint (run_config.yaml)."
+def test_a_folder_of_which_bridge_would_make_nothing_is_refused(values: Values, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^{tmp_path} holds no Megatron checkpoint \(no run_config\.yaml in it"):
+        check(values, str(tmp_path))
+    latest = tmp_path / "checkpoints" / "iter_0000010"
+    checkpoint(latest)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("10")
     with pytest.raises(ConfigError) as error:
         check(values, str(tmp_path))
-    assert str(error.value) == message
+    assert str(error.value) == (
+        f"checkpoint.pretrained_checkpoint ({tmp_path}) must be a checkpoint, or a folder with "
+        f"latest_checkpointed_iteration.txt. Give {latest}."
+    )
+    check(values, str(latest))

@@ -166,6 +166,9 @@ def test_the_last_metrics_are_of_the_last_step_and_evaluation(tmp_path: Path) ->
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert last_metrics(tmp_path) == {"step": 3, "loss": 2.0, "only_first": 1.0, "eval_loss": 2.5}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the run was killed
+    assert last_metrics(tmp_path)["step"] == 3
 
 
 def test_the_model_card_is_written_from_the_runs_folder(runnable: Values, tmp_path: Path) -> None:
@@ -174,6 +177,10 @@ def test_the_model_card_is_written_from_the_runs_folder(runnable: Values, tmp_pa
     (recipe.run_dir / "metrics.jsonl").write_text(json.dumps({"step": 5, "eval_loss": 1.25}) + "\n")
     write_model_card(recipe, tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "20 preference pairs" in card and "`orpo.beta` | 0.1 |" in card
+    assert "20 preference pairs" in card and "`orpo.beta` | 0.1 |" in card and "## Data" in card
     assert re.search(r"\| Loss \| +\| 1\.25 \|", card)
     assert f"| torch | {importlib.metadata.version('torch')} |" in card
+    (recipe.run_dir / "data_report.json").unlink()
+    write_model_card(recipe, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "on preference pairs." in card and "## Data" not in card and "`orpo.beta` | 0.1 |" in card

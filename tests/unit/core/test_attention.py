@@ -128,6 +128,7 @@ def test_a_window_shorter_than_a_sequence_is_refused(one_rank: None) -> None:
     inputs = row(torch.float32)
     wide = make_attention(window_size=(8, 0))(*inputs, None, packed_seq_params=packed())  # 9 tokens see one another
     assert torch.equal(wide, make_attention()(*inputs, None, packed_seq_params=packed()))
+    make_attention(window_size=(-1, 0))(*inputs, None, packed_seq_params=packed())  # no window
     with pytest.raises(ValueError, match=r"A sequence of 9 tokens is longer than the model's attention window \(8\)"):
         make_attention(window_size=(7, 0))(*inputs, None, packed_seq_params=packed())
 

@@ -138,6 +138,25 @@ LAYOUTS = [
         GOOD,
         BAD,
     ),
+    (
+        "explicit_prompt",  # the system text beside a conversation, and what says nothing
+        {"system": SYSTEM, "prompt": chat(ASK, ANSWER, MORE), "chosen": GOOD, "rejected": BAD, "tools": "[]"},
+        WITH_SYSTEM,
+        GOOD,
+        BAD,
+    ),
+    (
+        "prompt_beside",  # the same system text twice
+        {
+            "system": SYSTEM,
+            "prompt": ASK,
+            "chosen": chat(SYSTEM, ASK, ANSWER, MORE, GOOD),
+            "rejected": chat(SYSTEM, ASK, ANSWER, MORE, BAD),
+        },
+        WITH_SYSTEM,
+        GOOD,
+        BAD,
+    ),
 ]
 
 
@@ -213,6 +232,22 @@ UNUSABLE = [
         "prompt differs from the conversation ('prompt' is none of its user turns)",
     ),
     ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "not UTF-8 (half a surrogate pair in 'chosen')"),
+    (
+        {"system": SYSTEM, "prompt": "a", "chosen": "b", "rejected": "c"},
+        "field not supported ('system' beside plain text, which has no place for it)",
+    ),
+    (
+        {"system": "Be rude.", "chosen": chat(SYSTEM, ASK, GOOD), "rejected": chat(SYSTEM, ASK, BAD)},
+        "roles out of order ('system' differs from the conversation's own system message)",
+    ),
+    (
+        {"prompt": chat(ASK), "chosen": GOOD, "rejected": BAD, "tools": [{"name": "add"}]},
+        "field not supported 'tools'",
+    ),
+    (
+        {"prompt": chat(ASK), "chosen": {"role": "assistant", "tool_calls": [{}]}, "rejected": BAD},
+        "field not supported 'tool_calls' of a message in 'chosen'",
+    ),
 ]
 
 
@@ -345,6 +380,12 @@ def test_folder_of_files(tmp_path: Path) -> None:
     assert prompts(tmp_path, "test") == [("Sum again:", 1)]  # named after the split
     with pytest.raises(ConfigError, match="no split 'train' but a, b, test"):  # never trains on a test split
         prompts(tmp_path)
+    write("constraint_dev.jsonl", RECORD)  # names one split, not two
+    write("my_train.jsonl", RECORD)
+    assert prompts(tmp_path) == [("Sum:", 1)]
+    assert prompts(tmp_path, "dev") == [("Sum:", 1)]
+    write("train-00000-of-00001.jsonl", OTHER)
+    assert prompts(tmp_path) == [("Sum again:", 1)]  # the split and nothing else
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none/none.json", "./none", "/none/none", "a/b/c"])

@@ -83,7 +83,7 @@ def test_one_of_each_bad_row_is_named_and_the_good_ones_are_kept(build, tokenize
         ConfigError, match=r"10 of 13 rows .*1 broken JSON.*max_bad_rows \(9\).*bad_rows.json"
     ) as raised:
         build(path, max_length=64, max_prompt_length=16, max_bad_rows=9)
-    assert (tmp_path / "cache" / "data" / store.content_hash / "bad_rows.jsonl").exists()
+    assert (tmp_path / "cache" / "data" / store.folder.name / "bad_rows.jsonl").exists()
     assert named[0] in str(raised.value)
     with pytest.raises(ConfigError, match=r"max_bad_rows \(0.7\)"):  # a fraction: 9.1 rows
         build(path, max_length=64, max_prompt_length=16, max_bad_rows=0.7)
@@ -138,8 +138,8 @@ def test_the_cache_is_used_again_and_a_changed_setting_makes_another(build, tmp_
     path = write_rows(tmp_path / "rows.jsonl", [text_row(), text_row("b")])
     store = build(path)
     before = built(tmp_path)
-    assert list(before) == [store.content_hash]
-    assert build(path, max_bad_rows=1, pairs_per_step=4, shuffle=False).content_hash == store.content_hash
+    assert list(before) == [store.folder.name]
+    assert build(path, max_bad_rows=1, pairs_per_step=4, shuffle=False).folder == store.folder
     assert built(tmp_path) == before
     changes = [
         {"max_length": 100, "max_prompt_length": 50},
@@ -148,10 +148,26 @@ def test_the_cache_is_used_again_and_a_changed_setting_makes_another(build, tmp_
         {"layout": "explicit_prompt"},
         {"chat_template": "{{ messages[0].content }}"},
     ]
-    hashes = {build(path, **change).content_hash for change in changes}
-    assert len(hashes | {store.content_hash}) == 6
+    folders = {build(path, **change).folder for change in changes}
+    assert len(folders | {store.folder}) == 6
     write_rows(path, [text_row(), text_row("c")])
-    assert build(path).content_hash not in hashes | {store.content_hash}
+    assert build(path).folder not in folders | {store.folder}
+
+
+def test_a_store_is_known_by_its_token_ids(build, tmp_path: Path) -> None:
+    """Not by what they came from: a template may write the day's date."""
+    rows = [text_row("a", " b c", " d"), text_row("e", " f", " g h")]
+    store = build(write_rows(tmp_path / "rows.jsonl", rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    elsewhere = build(tmp_path / "rows.json", max_length=100, max_prompt_length=50)
+    assert elsewhere.folder != store.folder and elsewhere.content_hash == store.content_hash
+    others = [
+        [rows[1], rows[0]],
+        [rows[0], text_row("e", " f", " g i")],
+        [text_row("a b", " c", " d"), rows[1]],  # the same ids, cut elsewhere
+    ]
+    hashes = {build(write_rows(tmp_path / f"{i}.jsonl", other)).content_hash for i, other in enumerate(others)}
+    assert len(hashes | {store.content_hash}) == 4
 
 
 def test_the_same_rows_under_another_name_share_the_cache(build, tmp_path: Path) -> None:
@@ -159,7 +175,7 @@ def test_the_same_rows_under_another_name_share_the_cache(build, tmp_path: Path)
     first = build(write_rows(tmp_path / "rows.jsonl", rows), max_bad_rows=1)
     moved = tmp_path / "moved.jsonl"
     second = build(write_rows(moved, rows), max_bad_rows=1)
-    assert first.content_hash == second.content_hash
+    assert first.folder == second.folder
     assert second.source(1) == (str(moved), 3)
     assert [row.file for row in second.report.bad_rows] == [str(moved)]
     assert list(second.report.layouts) == [str(moved)]
@@ -194,7 +210,7 @@ def test_a_later_start_reads_neither_the_data_nor_whole_arrays(build, tmp_path: 
     path.write_bytes(bytes(path.stat().st_size))  # the same size and time: what the remembered hash cannot see
     os.utime(path, (0, 0))
     store = build(path, max_bad_rows=1)
-    assert store.content_hash == first.content_hash
+    assert store.folder == first.folder
     assert [store.source(index)[1] for index in range(2)] == [1, 3]
     for array in (*vars(store.lengths).values(), store[1].chosen):
         assert isinstance(array, np.memmap) and array.filename is not None and not array.flags.writeable

@@ -9,7 +9,7 @@ import pytest
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.rows import BadRow, Message, PreferenceRow
 from orpo_megatron.data.sources import load_tokenizer
-from orpo_megatron.data.tokens import Limits, TokenizedPair, encode_pair, encode_pairs
+from orpo_megatron.data.tokens import Limits, TokenizedPair, encode_pairs
 
 EOS = 2
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -21,7 +21,9 @@ def row(prompt: Any, chosen: str, rejected: str, layout: str = "explicit_prompt"
 
 
 def encode(row: PreferenceRow, tokenizer: Any, **limits: Any) -> TokenizedPair | BadRow:
-    return encode_pair(row, tokenizer, **{"max_length": 256, "max_prompt_length": 128, "overlong": "drop", **limits})
+    settings = {"max_length": 256, "max_prompt_length": 128, "overlong": "drop", **limits}
+    (pair,) = encode_pairs([row], tokenizer, Limits(**settings))
+    return pair
 
 
 def texts(pair: TokenizedPair | BadRow, tokenizer: Any) -> list[str]:
@@ -164,9 +166,9 @@ def test_many_rows_at_once_are_each_what_it_is_alone(tokenizer) -> None:
     assert sum(isinstance(result, TokenizedPair) for result in together) > 100
     for one, result in zip(rows, together, strict=True):
         if isinstance(result, BadRow):
-            assert result == (one if isinstance(one, BadRow) else encode_pair(one, tokenizer, **limits._asdict()))
+            assert result == (one if isinstance(one, BadRow) else encode(one, tokenizer, **limits._asdict()))
             continue
-        alone = encode_pair(one, tokenizer, **limits._asdict())
+        alone = encode(one, tokenizer, **limits._asdict())
         for part in ("prompt", "chosen", "rejected"):
             assert getattr(result, part).tolist() == getattr(alone, part).tolist()
         if isinstance(one.prompt, str):
