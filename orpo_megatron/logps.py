@@ -228,8 +228,10 @@ class _FusedLogps(torch.autograd.Function):
             if d_weight is not None and not kept:
                 d_weight.add(u, scored)
                 del scored
-            if d_whole is not None:
-                _add_at(d_whole, positions, chunk, torch.mm(u, weight))
+            if d_whole is not None and positions is None:
+                torch.mm(u, weight, out=d_whole[chunk])
+            elif d_whole is not None:
+                d_whole.index_add_(0, positions[chunk], torch.mm(u, weight))
             if d_bias is not None:
                 d_bias += u.sum(dim=0, dtype=torch.float32)
         if d_weight is not None and kept:  # one product: one a chunk would each pass over all of dW
@@ -279,14 +281,6 @@ class _WeightGradient:
 def _scored(whole: torch.Tensor, positions: torch.Tensor | None, chunk: slice) -> torch.Tensor:
     """Returns the hidden states that predict a chunk of labels, [rows, h]; only these are copied."""
     return whole[chunk] if positions is None else whole.index_select(0, positions[chunk])
-
-
-def _add_at(d_whole: torch.Tensor, positions: torch.Tensor | None, chunk: slice, grad: torch.Tensor) -> None:
-    """Adds the gradient of a chunk's hidden states, [rows, h], to that of all, where they came from."""
-    if positions is None:
-        d_whole[chunk] = grad
-    else:
-        d_whole.index_add_(0, positions[chunk], grad)
 
 
 def _rows(num_labels: int, weight: torch.Tensor, cached: bool) -> int:

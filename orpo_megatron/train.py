@@ -127,7 +127,7 @@ def _finish(recipe: Recipe, hf_config: PretrainedConfig, steps: int, trained_now
                 from orpo_megatron import cpu
 
                 cpu.activate()
-                from orpo_megatron.bridge.convert import export_checkpoint
+                from orpo_megatron.bridge.conversion.convert import export_checkpoint
 
                 export_checkpoint(recipe, hf_config, run_dir, partial)
         rundir.write_model_card(recipe, partial)

@@ -12,8 +12,8 @@ cpu.activate()
 
 from megatron.bridge.training.model_load_save import temporary_distributed_context  # noqa: E402
 
-from orpo_megatron.bridge.checkpoint import checkpoint_folder  # noqa: E402
-from orpo_megatron.bridge.load import load_checkpoint_model  # noqa: E402
+from orpo_megatron.bridge.conversion.checkpoint import checkpoint_folder  # noqa: E402
+from orpo_megatron.bridge.conversion.load import load_checkpoint_model  # noqa: E402
 from orpo_megatron.bridge.rundir import read_run  # noqa: E402
 from orpo_megatron.core.step import make_forward_step  # noqa: E402
 from orpo_megatron.data.dataset import PackedRows  # noqa: E402

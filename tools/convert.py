@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from orpo_megatron import cpu
-from orpo_megatron.bridge.place import check_new
+from orpo_megatron.bridge.conversion.place import check_new
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import logged_to, say
 
@@ -84,7 +84,7 @@ def families(cache_dir: Path) -> str:
     """Returns docs/models.md."""
     with logged_to(cache_dir / "logs" / "convert.txt"):
         cpu.activate()
-        from orpo_megatron.bridge.support import families_page
+        from orpo_megatron.bridge.conversion.support import families_page
 
         return families_page()
 
@@ -94,7 +94,7 @@ def convert(args: argparse.Namespace) -> int:
     check_new(args.folder)
     with logged_to(args.cache_dir / "logs" / "convert.txt"):
         cpu.activate()
-        from orpo_megatron.bridge.convert import DifferentModelError, Options, export_model, import_model
+        from orpo_megatron.bridge.conversion.convert import DifferentModelError, Options, export_model, import_model
         from orpo_megatron.data.sources import resolve
 
         options = Options(

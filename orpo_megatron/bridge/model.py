@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 
 import orpo_megatron.bridge.mixtral  # noqa: F401  registers it with AutoBridge
 from orpo_megatron.bridge.apply import apply_settings
-from orpo_megatron.bridge.families import find_family
+from orpo_megatron.bridge.conversion.families import find_family
+from orpo_megatron.bridge.conversion.mapping import check_covered
 from orpo_megatron.bridge.layers import is_local, use_local_layers, use_shared_prefix_layers
-from orpo_megatron.bridge.mapping import check_covered
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.config import ConfigError

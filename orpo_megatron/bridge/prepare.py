@@ -239,7 +239,7 @@ def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     path = recipe.setting("checkpoint.pretrained_checkpoint")
     if path is None:
         return
-    from orpo_megatron.bridge.checkpoint import RUN_CONFIG, checkpoint_folder, is_hugging_face
+    from orpo_megatron.bridge.conversion.checkpoint import RUN_CONFIG, checkpoint_folder, is_hugging_face
     from orpo_megatron.bridge.rundir import TRACKER
 
     folder = Path(path)

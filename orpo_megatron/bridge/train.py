@@ -20,7 +20,7 @@ from orpo_megatron.agreement import is_lost_peer
 from orpo_megatron.bridge.apply import check_kept
 from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.container import PreferenceData, RowStream, make_container
-from orpo_megatron.bridge.export import companions_of, write_model
+from orpo_megatron.bridge.conversion.export import companions_of, write_model
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import make_bridge, make_provider
 from orpo_megatron.bridge.recipe import Recipe

@@ -75,6 +75,7 @@ MODELS = {
     "dense": Model(LLAMA | TIED, 2 + 4 * 6),
     "untied": Model(LLAMA | UNTIED, 3 + 4 * 6),
     "odd vocabulary": Model(LLAMA | TIED | {"vocab_size": 513}, 2 + 4 * 6),
+    "one key-value head": Model(LLAMA | TIED | {"num_key_value_heads": 1}, 2 + 4 * 6),
     "adapters": Model(LLAMA | TIED, 4 * 4 * 2, {"peft.dim": 4}),
     "experts": Model(QWEN3_MOE | UNTIED, 3 + 4 * (7 + 2 * 4), {"model.moe_aux_loss_coeff": 0.0}),
     "mixtral": Model(MIXTRAL | UNTIED, 3 + 4 * (5 + 2 * 4), {"model.moe_aux_loss_coeff": 0.0}),
@@ -220,6 +221,8 @@ LAYOUTS |= on_splits(
 LAYOUTS |= {
     "tp2 sp ep2 mixtral": brief(2, "tp=2,sp=true,ep=2", "mixtral"),
     "tp2 sp padded vocabulary": brief(2, "tp=2,sp=true", "odd vocabulary"),
+    "tp2 sp one key-value head": brief(2, "tp=2,sp=true", "one key-value head"),
+    "tp2 cp2 one key-value head": brief(4, "tp=2,cp=2", "one key-value head"),
     "dp4": brief(4, "", settings=SHARDED, ragged=True),
     "ep2 dp4": brief(4, "ep=2", "experts", ragged=True),
     "tp2 pp2 overlap": brief(4, "tp=2,pp=2", settings=OVERLAP),

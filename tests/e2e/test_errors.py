@@ -73,9 +73,14 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 
 def test_heads_that_do_not_divide(tiny: TinyRecipe, tmp_path: Path) -> None:
-    arguments = tiny.arguments(tmp_path / "run", "model.tensor_model_parallel_size=4")
-    assert refusal(*arguments, WORLD_SIZE="4") == (
-        "The model's 2 key-value heads cannot be split over model.tensor_model_parallel_size (4). Use 1 or 2."
+    heads = (
+        "model.config.hidden_size=192",
+        "model.config.num_attention_heads=12",
+        "model.config.num_key_value_heads=4",
+    )
+    arguments = tiny.arguments(tmp_path / "run", *heads, "model.tensor_model_parallel_size=6")
+    assert refusal(*arguments, WORLD_SIZE="6") == (
+        "The model's 4 key-value heads cannot be split over model.tensor_model_parallel_size (6). Use 1 or 2 or 4."
     )
     arguments = tiny.arguments(tmp_path / "run", "model.tensor_model_parallel_size=8")
     assert refusal(*arguments, WORLD_SIZE="8") == (

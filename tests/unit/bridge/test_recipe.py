@@ -387,6 +387,8 @@ def test_a_layout_that_divides_passes(values: Values) -> None:
     check_layout(build_recipe(changed(values, **parallel)), MODEL, 16)
     odd = LlamaConfig(**{**MODEL.to_dict(), "vocab_size": 101})  # it is padded
     check_layout(build_recipe(changed(values, **parallel)), odd, 16)
+    few = LlamaConfig(**{**MODEL.to_dict(), "num_key_value_heads": 2})  # each on two ranks
+    check_layout(build_recipe(changed(values, **parallel)), few, 16)
 
 
 MIXTURE = MixtralConfig(**{**MODEL.to_dict(), "model_type": "mixtral", "num_local_experts": 6})

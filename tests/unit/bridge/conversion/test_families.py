@@ -111,10 +111,10 @@ def test_docs_list_every_family_as_it_is_now(convert: ModuleType, tmp_path: Path
 def test_every_family_that_trains_on_a_cpu_converts_there_and_back_to_the_last_bit(
     convert: ModuleType, tmp_path: Path
 ) -> None:
-    from orpo_megatron.bridge.checkpoint import checkpoint_folder
-    from orpo_megatron.bridge.families import known_families
-    from orpo_megatron.bridge.support import CPU, support_of
-    from orpo_megatron.bridge.verify import compare
+    from orpo_megatron.bridge.conversion.checkpoint import checkpoint_folder
+    from orpo_megatron.bridge.conversion.families import known_families
+    from orpo_megatron.bridge.conversion.support import CPU, support_of
+    from orpo_megatron.bridge.conversion.verify import compare
 
     families = [name for name, family in known_families().items() if support_of(family)[0] == CPU]
     assert {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"} <= set(families)
@@ -138,7 +138,7 @@ def test_every_family_that_trains_on_a_cpu_converts_there_and_back_to_the_last_b
 def test_a_dtype_is_what_is_stored_and_what_the_configuration_says(
     convert: ModuleType, llama: Path, tmp_path: Path
 ) -> None:
-    from orpo_megatron.bridge.checkpoint import stored_dtype
+    from orpo_megatron.bridge.conversion.checkpoint import stored_dtype
 
     megatron, back, half = (tmp_path / name for name in ("megatron", "back", "half"))
     assert run(convert, tmp_path, "import", llama, megatron, "--dtype", "bf16") == 0
@@ -157,7 +157,7 @@ def test_a_dtype_is_what_is_stored_and_what_the_configuration_says(
 
 
 def test_verify_passes_the_same_model_and_nothing_else(llama: Path, convert: ModuleType, tmp_path: Path) -> None:
-    from orpo_megatron.bridge.verify import compare, judge
+    from orpo_megatron.bridge.conversion.verify import compare, judge
 
     assert run(convert, tmp_path, "import", llama, tmp_path / "megatron") == 0
     checkpoint = tmp_path / "megatron" / "iter_0000000"
@@ -197,7 +197,7 @@ def test_verify_of_an_import_and_of_an_export(
     assert num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None
     assert weights_of(tmp_path / "back").keys() == weights_of(hf).keys()  # tied embeddings are written once
 
-    from orpo_megatron.bridge import verify
+    from orpo_megatron.bridge.conversion import verify
 
     bound, verify.BOUND = verify.BOUND, -1.0
     try:

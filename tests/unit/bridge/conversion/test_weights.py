@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from orpo_megatron.bridge.weights import INDEX, SINGLE, local_folder, read_headers, write_shards
+from orpo_megatron.bridge.conversion.weights import INDEX, SINGLE, local_folder, read_headers, write_shards
 from orpo_megatron.config import ConfigError
 
 

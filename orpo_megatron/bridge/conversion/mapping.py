@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.utils import get_model_config, unwrap_model
 
-from orpo_megatron.bridge.weights import some
+from orpo_megatron.bridge.conversion.weights import some
 from orpo_megatron.config import ConfigError
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_megatron.batch import PackedRow
-from orpo_megatron.bridge.load import load_checkpoint_model, one_process
+from orpo_megatron.bridge.conversion.load import load_checkpoint_model, one_process
 from orpo_megatron.config import ConfigError
 from orpo_megatron.core.row import row_params
 from orpo_megatron.data.sources import first_line

@@ -15,9 +15,9 @@ import transformers
 from megatron.core.utils import unwrap_model
 from transformers import GenerationConfig, PretrainedConfig
 
+from orpo_megatron.bridge.conversion.weights import SHARD_BYTES, local_folder, some, write_shards
 from orpo_megatron.bridge.prepare import model_source
 from orpo_megatron.bridge.recipe import Recipe
-from orpo_megatron.bridge.weights import SHARD_BYTES, local_folder, some, write_shards
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import ByteProgress, rank
 from orpo_megatron.data.sources import load_tokenizer

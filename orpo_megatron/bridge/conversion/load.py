@@ -20,7 +20,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.utils import unwrap_model
 
-from orpo_megatron.bridge.checkpoint import RUN_CONFIG, base_of, checkpoint_folder, is_hugging_face, stored_dtype
+from orpo_megatron.bridge.conversion.checkpoint import (
+    RUN_CONFIG,
+    base_of,
+    checkpoint_folder,
+    is_hugging_face,
+    stored_dtype,
+)
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, set_dtype
 
 

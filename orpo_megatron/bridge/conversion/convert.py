@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from orpo_megatron.bridge.checkpoint import checkpoint_folder, source_of, stored_dtype, stored_elements
-from orpo_megatron.bridge.export import Companions, companions_of, generation_config, write_model
-from orpo_megatron.bridge.families import find_family
-from orpo_megatron.bridge.load import load_checkpoint_model, one_process
-from orpo_megatron.bridge.mapping import unused_tensors
+from orpo_megatron.bridge.conversion.checkpoint import checkpoint_folder, source_of, stored_dtype, stored_elements
+from orpo_megatron.bridge.conversion.export import Companions, companions_of, generation_config, write_model
+from orpo_megatron.bridge.conversion.families import find_family
+from orpo_megatron.bridge.conversion.load import load_checkpoint_model, one_process
+from orpo_megatron.bridge.conversion.mapping import unused_tensors
+from orpo_megatron.bridge.conversion.place import in_gb, written_beside
+from orpo_megatron.bridge.conversion.verify import compare, encode, load_tokenizer_of
+from orpo_megatron.bridge.conversion.weights import SHARD_BYTES, StoredWeights, local_folder, read_headers, some
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, make_bridge, set_dtype
-from orpo_megatron.bridge.place import in_gb, written_beside
 from orpo_megatron.bridge.prepare import load_hf_config
 from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import RECIPE, read_run, write_model_card
-from orpo_megatron.bridge.verify import compare, encode, load_tokenizer_of
-from orpo_megatron.bridge.weights import SHARD_BYTES, StoredWeights, local_folder, read_headers, some
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import ByteProgress, say
 from orpo_megatron.core.local import takes_local_layers

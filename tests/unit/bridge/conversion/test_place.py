@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_megatron.bridge.place import MARK, check_disk, check_new, written_beside
+from orpo_megatron.bridge.conversion.place import MARK, check_disk, check_new, written_beside
 from orpo_megatron.config import ConfigError
 
 
@@ -57,7 +57,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from orpo_megatron.bridge.place import written_beside
+from orpo_megatron.bridge.conversion.place import written_beside
 with written_beside(Path(sys.argv[1]), 10) as partial:
     (partial / "shards").mkdir()
     (partial / "shards" / "half").write_text("h")

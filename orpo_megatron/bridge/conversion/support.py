@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import transformers
 
-from orpo_megatron.bridge.families import Family, known_families
+from orpo_megatron.bridge.conversion.families import Family, known_families
 from orpo_megatron.bridge.layers import use_local_layers
 from orpo_megatron.bridge.model import CompletedBridge, check_exact
 from orpo_megatron.config import ConfigError

@@ -11,8 +11,8 @@ import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from orpo_megatron.bridge.conversion.weights import read_headers, some
 from orpo_megatron.bridge.rundir import TRACKER, latest_step
-from orpo_megatron.bridge.weights import read_headers, some
 from orpo_megatron.config import ConfigError
 
 RUN_CONFIG = "run_config.yaml"

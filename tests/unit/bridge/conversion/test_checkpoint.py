@@ -8,7 +8,13 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
 
-from orpo_megatron.bridge.checkpoint import base_of, checkpoint_folder, source_of, stored_dtype, stored_elements
+from orpo_megatron.bridge.conversion.checkpoint import (
+    base_of,
+    checkpoint_folder,
+    source_of,
+    stored_dtype,
+    stored_elements,
+)
 from orpo_megatron.config import ConfigError
 
 
