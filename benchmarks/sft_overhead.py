@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
     recipe = make_recipe(args)
     prepared = prepare.prepare_run(recipe, prepare.load_hf_config(recipe), 1, None, show_progress=False)
-    rows = parity.first_batch(prepared.store, prepared.plan, prepared.plan.sequence_multiple_of)
+    rows = parity.first_batch(prepared.store, prepared.plan)
     forms = SFT | (SFT_ON_GPU if torch.cuda.is_available() else {})
     with logged_to(recipe.run_dir / "log.txt"):
         use_machine()
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         meter = Meter()
         turns = [orpo_turn(recipe, rows, ORPO), *(sft_turn(rows, fusion, name) for name, fusion in forms.items())]
         if not torch.cuda.is_available():  # there it takes other attention layers than SFT's
-            shared = parity.first_batch(prepared.store, prepared.plan, prepared.plan.sequence_multiple_of, True)
+            shared = parity.first_batch(prepared.store, prepared.plan, share_prefix=True)
             turns.append(orpo_turn(recipe, shared, ORPO_SHARED))
         take_turns(recipe, turns, meter.watches(args.rounds))
     work = {

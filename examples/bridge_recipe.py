@@ -1,9 +1,10 @@
 r"""ORPO from one of Megatron-Bridge's own recipes. The two lines that make it ORPO are marked.
 
     torchrun --nproc-per-node 8 examples/bridge_recipe.py llama31_8b_sft_2gpu_h100_bf16_config pairs.jsonl \
-        model.tensor_model_parallel_size=2 train.global_batch_size=32 checkpoint.save=runs/llama/checkpoints
+        model.tensor_model_parallel_size=2 train.global_batch_size=32 \
+        checkpoint.save=runs/llama/checkpoints checkpoint.load=runs/llama/checkpoints
 
-Overrides are Bridge's own. `train.global_batch_size` is the number of pairs in a step.
+Overrides are Bridge's own. `train.global_batch_size` is the number of pairs in a step. The same command goes on.
 """
 
 import argparse

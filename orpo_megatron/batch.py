@@ -62,8 +62,9 @@ class PackedRow:
 
     @property
     def longest_sequence(self) -> int:
-        """Length of the longest sequence of a whole row in tokens, with its padding."""
-        return int(self.position_ids.max()) + 1
+        """Length of the longest sequence of a whole row in tokens, without padding; 0 if all is padding."""
+        positions = self.position_ids[~self.padding_mask]
+        return int(positions.max()) + 1 if len(positions) else 0
 
     @property
     def shares_prefix(self) -> bool:

@@ -28,6 +28,7 @@ from orpo_megatron.machine import use_machine
 if TYPE_CHECKING:
     from orpo_megatron.batch import PackedRow
     from orpo_megatron.bridge.parity import Comparison
+    from orpo_megatron.data.plan import Padding
 
 EXIT_DIFFERENT, EXIT_ERROR = 1, 2
 
@@ -74,13 +75,12 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None, batch: s
     prepare.check_layout(reference, hf_config, world_size)
     prepared = prepare.prepare_run(recipe, hf_config, world_size, None, show_progress=rank() == 0)
     plan = prepared.plan
-    multiples = plan.sequence_multiple_of, prepare.sequence_multiple(reference)
     if batch is None:
-        rows = parity.first_batch(prepared.store, plan, multiples[0], plan.share_prefix)
-        reference_rows = parity.first_batch(prepared.store, plan, multiples[1])
+        rows = parity.first_batch(prepared.store, plan)
+        reference_rows = parity.first_batch(prepared.store, plan, prepare.padding(reference), share_prefix=False)
     else:
         rows = reference_rows = kept.load_rows(batch)
-        check_batch(rows, batch, math.lcm(*multiples), plan.rows_per_step)
+        check_batch(rows, batch, [prepare.padding(side) for side in (recipe, reference)], plan.rows_per_step)
     bound, exact = parity.bound_of(recipe, tolerance)
     say(
         f"{sum(len(row.pair_ids) for row in rows)} pairs in {len(rows)} rows on {world_size} processes\n"
@@ -110,23 +110,29 @@ def compare(recipe: Recipe, reference: Recipe, tolerance: float | None, batch: s
         )
 
 
-def check_batch(rows: Sequence[PackedRow], file: str, multiple: int, rows_per_step: int) -> None:
+def check_batch(rows: Sequence[PackedRow], file: str, paddings: Sequence[Padding], rows_per_step: int) -> None:
     """Checks that kept rows fit both sides.
 
     Raises:
-        ConfigError: If a sequence's length or the number of rows does not.
+        ConfigError: If a length or the number of rows does not.
     """
     if len(rows) != rows_per_step:
         raise ConfigError(
             f"{file} holds {len(rows)} rows, but the recipe plans {rows_per_step} a step on these processes. Set "
             f"data.rows_per_step={len(rows)}."
         )
-    for length in {int(length) for row in rows for length in row.cu_seqlens.diff()}:
-        if length % multiple:
-            raise ConfigError(
-                f"{file} holds a sequence of {length} tokens with padding, but these shardings take multiples of "
-                f"{multiple}. Use the sharding of the run that kept it."
-            )
+    lengths = {
+        "sequence": {int(length) for row in rows for length in row.cu_seqlens.diff()},
+        "row": {len(row.tokens) for row in rows},
+    }
+    for what, found in lengths.items():
+        multiple = math.lcm(*(getattr(padding, what) for padding in paddings))
+        for length in sorted(found):
+            if length % multiple:
+                raise ConfigError(
+                    f"{file} holds a {what} of {length} tokens with padding, but these shardings take multiples of "
+                    f"{multiple}. Use the sharding of the run that kept it."
+                )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import check_provider, fit_to_rows, make_bridge
 from orpo_megatron.bridge.prepare import load_hf_config, model_source
 from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, Recipe, build_recipe
-from orpo_megatron.bridge.rundir import CHECKPOINTS, latest_step, plan_run, write_records
+from orpo_megatron.bridge.rundir import latest_step, plan_run, run_dir_of, write_records
 from orpo_megatron.bridge.train import make_dataset
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import rank, say
@@ -98,7 +98,7 @@ def orpo(
     recipe, changes = peers.settle("reading of the configuration", read, lambda found: start_facts(found[0].as_dict()))
     hf_config, prepared, step = prepare_alike(peers, recipe, lambda: _prepare(config, recipe))
     changes += _take_rows(config, recipe, prepared)
-    if step == 0 and config.checkpoint.pretrained_checkpoint is None:
+    if config.checkpoint.pretrained_checkpoint is None and (step == 0 or config.peft is not None):
         _start_from(config, recipe, hf_config)
     if rank() == 0:
         write_records(recipe, prepared)
@@ -136,7 +136,7 @@ def _read(
             "tools/convert.py export on the run's folder afterwards."
         )
     given = {"train": data} if isinstance(data, str) else dict(data)
-    precision, folder = config.mixed_precision, Path(config.checkpoint.save)
+    precision = config.mixed_precision
     refused = {section: _switched_on(getattr(config, section), names) for section, names in _REFUSED_SETTINGS.items()}
     length = {"num_epochs": num_epochs} if num_epochs else {"train_iters": config.train.train_iters}
     sections = {
@@ -155,7 +155,7 @@ def _read(
             "orpo": dict(objective),
             "data": {"pairs_per_step": config.train.global_batch_size, **given},
             "run": {
-                "dir": str(folder.parent if folder.name == CHECKPOINTS else folder),
+                "dir": str(run_dir_of(Path(config.checkpoint.save))),
                 "progress": "none",
                 "export": False,
                 **(run or {}),

@@ -148,7 +148,13 @@ def fuse(provider: GPTModelProvider) -> None:
     """
     if provider.position_embedding_type == "rope" and not provider.multi_latent_attention:
         provider.apply_rope_fusion = True
-    if provider.gated_linear_unit and provider.activation_func is F.silu and not provider.use_te_activation_func:
+    plain = provider.activation_func_clamp_value is None and not provider.glu_linear_offset
+    if (
+        provider.gated_linear_unit
+        and provider.activation_func is F.silu
+        and plain
+        and not provider.use_te_activation_func
+    ):
         provider.bias_activation_fusion = True
 
 

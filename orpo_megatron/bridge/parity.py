@@ -15,7 +15,7 @@ from orpo_megatron.batch import PackedRow
 from orpo_megatron.bridge.recipe import UNEVEN_STAGES, Recipe, build_recipe
 from orpo_megatron.config import ConfigError, nearest
 from orpo_megatron.data.dataset import pack_row
-from orpo_megatron.data.plan import StepPlan
+from orpo_megatron.data.plan import Padding, StepPlan
 from orpo_megatron.data.store import PairStore
 
 #: Largest error that is still rounding: in fp32, and where ``mixed_precision`` keeps 8 bits of a product. The four
@@ -141,7 +141,7 @@ def reference_recipe(recipe: Recipe, sizes: Mapping[str, Any]) -> Recipe:
 
 
 def first_batch(
-    store: PairStore, plan: StepPlan, sequence_multiple_of: int, share_prefix: bool = False
+    store: PairStore, plan: StepPlan, padding: Padding | None = None, share_prefix: bool | None = None
 ) -> list[PackedRow]:
     """Packs the pairs of a plan's first step.
 
@@ -149,22 +149,24 @@ def first_batch(
         store: The pairs.
         plan: Their plan, which says which of them share a row. Routers see a row at a time, so that both sides of a
             comparison must have the same ones.
-        sequence_multiple_of: What every sequence's length is padded to a multiple of.
-        share_prefix: Whether a row holds the prompt of a pair once.
+        padding: What lengths are padded to a multiple of; by default what the plan says.
+        share_prefix: Whether a row holds the prompt of a pair once; by default what the plan says.
 
     Returns:
         All rows of the step.
     """
+    padding = padding or Padding(plan.sequence_multiple_of, plan.row_length_multiple_of)
     return [
         pack_row(
             [store[pair] for pair in pair_ids.tolist()],
             pair_ids,
             nll_scope=plan.nll_scope,
-            sequence_multiple_of=sequence_multiple_of,
+            sequence_multiple_of=padding.sequence,
+            row_length_multiple_of=padding.row,
             pad_token_id=store.pad_token_id,
             num_nll_tokens=plan.num_nll_tokens(0),
             num_pairs=plan.num_pairs(0),
-            share_prefix=share_prefix,
+            share_prefix=plan.share_prefix if share_prefix is None else share_prefix,
             filler=store[int(plan.pairs(0)[0])],
         )
         for pair_ids in plan.rows(0)

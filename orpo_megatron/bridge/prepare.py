@@ -17,7 +17,8 @@ from orpo_megatron.bridge.prefix import prefix_conflict
 from orpo_megatron.bridge.recipe import Recipe, check_layout
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.cache import build_once
-from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
+from orpo_megatron.data.plan import Padding
+from orpo_megatron.data.prepare import Prepared, padding_of, prepare_data
 from orpo_megatron.data.sources import first_line, resolve
 
 #: Keys of a config.json that do not say what is computed in training.
@@ -198,7 +199,7 @@ def prepare_run(
         seed=recipe.seed,
         num_steps=lambda num_pairs: num_steps(recipe, num_pairs),
         rows_multiple_of=rows_at_once,
-        sequence_multiple_of=sequence_multiple(recipe),
+        padding=padding(recipe),
         rows_per_step=rows_per_step,
         prefix_conflict=prefix_conflict(recipe, hf_config),
         on_gpu=torch.cuda.is_available() if here else bool(recipe.sections.get("mixed_precision")),
@@ -215,8 +216,8 @@ def num_steps(recipe: Recipe, num_pairs: int) -> int:
     return math.ceil(round(steps_per_epoch * recipe.setting("train.num_epochs"), 6))
 
 
-def sequence_multiple(recipe: Recipe) -> int:
-    """Returns what the recipe, kernels and the split of rows demand a packed sequence's length to be a multiple of."""
+def padding(recipe: Recipe) -> Padding:
+    """Returns what the recipe, kernels and the split of rows demand lengths to be a multiple of."""
     cp = recipe.parallel_size("context")
     ranks = (recipe.parallel_size("tensor_model") if recipe.setting("model.sequence_parallel") else 1) * cp
     precision = recipe.sections.get("mixed_precision") or {}
@@ -227,7 +228,7 @@ def sequence_multiple(recipe: Recipe) -> int:
         block = precision.get("fp8_recipe") == "mxfp8"
     if fp4:
         raise ConfigError(f"mixed_precision ({precision}) must not be FP4: this version does not train with it.")
-    return split_multiple(ranks, cp, fp8=fp8, mxfp8=block, pad_to_multiple_of=recipe.data.pad_to_multiple_of)
+    return padding_of(ranks, cp, fp8=fp8, mxfp8=block, pad_to_multiple_of=recipe.data.pad_to_multiple_of)
 
 
 def check_pretrained(recipe: Recipe, hf_config: PretrainedConfig) -> None:

@@ -58,6 +58,11 @@ def latest_step(checkpoints: Path) -> int:
     return int(text)
 
 
+def run_dir_of(checkpoints: Path) -> Path:
+    """Returns the run's folder, by that of its checkpoints: the same, or the one above where it is called so."""
+    return checkpoints.parent if checkpoints.name == CHECKPOINTS else checkpoints
+
+
 def partial_export(run_dir: Path) -> Path:
     """Returns where an export is written before it is complete."""
     return run_dir / f"{HF}.partial"

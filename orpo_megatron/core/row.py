@@ -20,7 +20,7 @@ class RowParams(PackedSeqParams):
         spans: What each query of this rank attends to.
         gather_order: Where each position of the whole row lies in what context-parallel ranks gather, int64 [t]; None
             where the rank holds the whole row.
-        longest_sequence: Tokens of the longest sequence, with its padding.
+        longest_sequence: Tokens of the longest sequence, without padding.
         position_ids: Position of each token of the whole row in its own sequence, int64 [t].
     """
 

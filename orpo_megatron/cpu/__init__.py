@@ -1,4 +1,4 @@
-"""Megatron on a CPU over gloo: for first runs, tests and debugging. The one place that patches anything.
+"""Megatron on a CPU over gloo: for first runs, tests and debugging. The place that patches.
 
 Megatron-Core and Megatron-Bridge take a CUDA device for granted. ``activate`` makes the calls that stand in the
 way land on the CPU instead; each redirect below says why it is there. Where PyTorch sees a GPU nothing is touched.

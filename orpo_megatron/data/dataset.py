@@ -78,6 +78,7 @@ class PackedRows(Dataset[PackedRow]):
             pair_ids,
             nll_scope=self.plan.nll_scope,
             sequence_multiple_of=self.plan.sequence_multiple_of,
+            row_length_multiple_of=self.plan.row_length_multiple_of,
             pad_token_id=self.pad_token_id,
             num_nll_tokens=self.plan.num_nll_tokens(step),
             num_pairs=self.plan.num_pairs(step),
@@ -92,6 +93,7 @@ def pack_row(
     *,
     nll_scope: NllScope,
     sequence_multiple_of: int,
+    row_length_multiple_of: int = 1,
     pad_token_id: int,
     num_nll_tokens: int,
     num_pairs: int,
@@ -112,6 +114,8 @@ def pack_row(
         nll_scope: Which tokens of the chosen sequence the NLL covers.
         sequence_multiple_of: What the length of every sequence, or of a pair that shares its prompt, is padded to a
             multiple of, at its end.
+        row_length_multiple_of: What the row's length is padded to a multiple of, at the end of its last sequence; a
+            multiple of the former.
         pad_token_id: Token id that fills padding.
         num_nll_tokens: NLL tokens in the whole global batch.
         num_pairs: Pairs in the whole global batch.
@@ -122,15 +126,19 @@ def pack_row(
         The row, on the CPU.
     """
     builder = _RowBuilder(sequence_multiple_of, pad_token_id)
-    for pair in pairs:
+    for number, pair in enumerate(pairs, start=1):
         first = 1 if nll_scope == "prompt_and_response" else len(pair.prompt)
+        if not share_prefix:
+            builder.add(np.concatenate((pair.prompt, pair.chosen)), first, len(pair.prompt))
+        if number == len(pairs):
+            builder.end_row_at_multiple_of(row_length_multiple_of)
         if share_prefix:
             builder.add_shared(pair, first)
         else:
-            builder.add(np.concatenate((pair.prompt, pair.chosen)), first, len(pair.prompt))
             builder.add(np.concatenate((pair.prompt, pair.rejected)), len(pair.prompt), len(pair.prompt))
     if not pairs:
         dummy = np.empty(0, dtype=np.int64) if filler is None else np.concatenate((filler.prompt, filler.chosen))
+        builder.end_row_at_multiple_of(row_length_multiple_of)
         builder.add(dummy, first_scored=len(dummy), prompt_length=len(dummy))
     return builder.row(pair_ids, num_nll_tokens, num_pairs)
 
@@ -141,6 +149,7 @@ class _RowBuilder:
     def __init__(self, sequence_multiple_of: int, pad_token_id: int) -> None:
         self._multiple = sequence_multiple_of
         self._pad_token_id = pad_token_id
+        self._row_multiple = 1
         self._starts = [0]
         self._prompt_ends: list[int] = []
         self._chosen_ends: list[int] = []
@@ -150,6 +159,10 @@ class _RowBuilder:
         self._score_positions: list[np.ndarray] = []
         self._score_labels: list[np.ndarray] = []
         self._score_is_response: list[np.ndarray] = []
+
+    def end_row_at_multiple_of(self, multiple: int) -> None:
+        """Has the next segment, which is the last, end where the row's length is a multiple."""
+        self._row_multiple = multiple
 
     def add(self, tokens: np.ndarray, first_scored: int, prompt_length: int) -> None:
         """Appends a sequence whose tokens from ``first_scored`` on are scored."""
@@ -181,14 +194,15 @@ class _RowBuilder:
     def _append(self, tokens: np.ndarray, rejected_start: int | None = None, skipped: int = 0) -> int:
         """Appends a segment, positions from ``rejected_start`` on less ``skipped``; returns its padded length."""
         # Two tokens at least, so that a dummy sequence has a shape that attention kernels take.
-        length = round_up(max(len(tokens), 2), self._multiple)
+        start = self._starts[-1]
+        length = round_up(start + round_up(max(len(tokens), 2), self._multiple), self._row_multiple) - start
         padded = np.full(length, self._pad_token_id, dtype=np.int64)
         padded[: len(tokens)] = tokens
         places = np.arange(length)
         self._tokens.append(padded)
         self._padding.append(places >= len(tokens))
         self._position_ids.append(places if rejected_start is None else places - skipped * (places >= rejected_start))
-        self._starts.append(self._starts[-1] + length)
+        self._starts.append(start + length)
         return length
 
     def row(self, pair_ids: np.ndarray, num_nll_tokens: int, num_pairs: int) -> PackedRow:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.packing import balance, longest_rows
+from orpo_megatron.data.summary import PlanSummary
 
 NllScope = Literal["prompt_and_response", "response"]
 Integers = TypeVar("Integers", int, np.ndarray)
@@ -23,6 +24,18 @@ Integers = TypeVar("Integers", int, np.ndarray)
 def round_up(value: Integers, multiple: int) -> Integers:
     """Returns ``value``, an integer or an array of them, rounded up to a multiple of ``multiple``."""
     return -(-value // multiple) * multiple
+
+
+class Padding(NamedTuple):
+    """What lengths are padded to a multiple of.
+
+    Attributes:
+        sequence: The length of every packed sequence.
+        row: That of every row, by padding of its last sequence; a multiple of ``sequence``.
+    """
+
+    sequence: int
+    row: int
 
 
 @dataclass(frozen=True)
@@ -126,46 +139,6 @@ def _permutation(num_pairs: int, seed: int | None, epoch: int) -> np.ndarray:
     return order
 
 
-@dataclass(frozen=True)
-class PlanSummary:
-    """What a plan comes to.
-
-    Attributes:
-        num_pairs: Pairs in the data set.
-        pairs_per_step: Pairs in a full step.
-        num_steps: Optimizer steps.
-        epochs: Passes over the data.
-        rows_per_step: Packed rows in every step.
-        num_tokens: Tokens of all steps, without padding, the prompt counted once for each side.
-        tokens_per_step: Their mean over steps.
-        fill: Positions without padding over rows times longest row, mean over steps: 1 is perfect balance.
-        longest_row: Tokens of the longest row of all, with padding.
-        max_tokens_per_row: The token budget.
-    """
-
-    num_pairs: int
-    pairs_per_step: int
-    num_steps: int
-    epochs: float
-    rows_per_step: int
-    num_tokens: int
-    tokens_per_step: float
-    fill: float
-    longest_row: int
-    max_tokens_per_row: int
-
-    def __str__(self) -> str:
-        """Returns a few aligned lines."""
-        lines = {
-            "pairs": f"{self.num_pairs:,}, {self.pairs_per_step:,} a step",
-            "steps": f"{self.num_steps:,} ({self.epochs:.2f} epochs)",
-            "tokens": f"{self.num_tokens:,}, {self.tokens_per_step:,.0f} a step",
-            "rows a step": f"{self.rows_per_step:,}, {self.fill:.1%} filled",
-            "longest row": f"{self.longest_row:,} tokens of {self.max_tokens_per_row:,} allowed",
-        }
-        return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
-
-
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """The pairs and rows of every step of a run; steps are numbered from 0.
@@ -181,6 +154,7 @@ class StepPlan:
         rows_per_step: Packed rows in every step.
         max_tokens_per_row: Token budget of a row.
         sequence_multiple_of: What every sequence's length is padded to a multiple of.
+        row_length_multiple_of: What every row's length is, by padding of its last sequence; a multiple of the former.
         whole_set_denominators: Whether the denominators are those of the data set and not of the step.
         share_prefix: Whether a row holds the prompt of a pair once.
     """
@@ -192,6 +166,7 @@ class StepPlan:
     rows_per_step: int
     max_tokens_per_row: int
     sequence_multiple_of: int
+    row_length_multiple_of: int
     whole_set_denominators: bool = False
     share_prefix: bool = False
 
@@ -249,7 +224,7 @@ class StepPlan:
         of_pairs = [np.append(values, 0) for values in (self._costs, positions, self._tokens)]
         for pairs in self.order.epochs(self.num_steps):
             costs, positions, tokens = (values[pairs] for values in of_pairs)
-            longest = longest_rows(costs, self.rows_per_step)
+            longest = round_up(longest_rows(costs, self.rows_per_step), self.row_length_multiple_of)
             fill += float((positions.sum(axis=1) / (self.rows_per_step * longest)).sum())
             num_tokens += int(tokens.sum())
             longest_row = max(longest_row, int(longest.max()))
@@ -290,6 +265,7 @@ def make_plan(
     rows_multiple_of: int = 1,
     rows_per_step: int | None = None,
     sequence_multiple_of: int = 1,
+    row_length_multiple_of: int = 1,
     share_prefix: bool = False,
 ) -> StepPlan:
     """Plans a training run.
@@ -306,6 +282,7 @@ def make_plan(
             pipeline demands of the number of microbatches.
         rows_per_step: Rows in every step, as a user or a checkpoint gives it; the fewest where it is None.
         sequence_multiple_of: What every sequence's length is padded to a multiple of.
+        row_length_multiple_of: What every row's length is, by padding of its last sequence; a multiple of the former.
         share_prefix: Whether a row holds the prompt of a pair once.
 
     Returns:
@@ -324,6 +301,7 @@ def make_plan(
         rows_multiple_of,
         max_tokens_per_row,
         sequence_multiple_of,
+        row_length_multiple_of,
         share_prefix=share_prefix,
     )
     return _settle_rows(plan, rows_multiple_of, rows_per_step)
@@ -338,6 +316,7 @@ def make_eval_plan(
     rows_multiple_of: int = 1,
     rows_per_step: int | None = None,
     sequence_multiple_of: int = 1,
+    row_length_multiple_of: int = 1,
     share_prefix: bool = False,
 ) -> StepPlan:
     """Plans one pass in file order, whose steps' loss shares add up to the exact loss over the whole set.
@@ -354,6 +333,7 @@ def make_eval_plan(
         rows_multiple_of,
         max_tokens_per_row,
         sequence_multiple_of,
+        row_length_multiple_of,
         whole_set_denominators=True,
         share_prefix=share_prefix,
     )
@@ -366,12 +346,14 @@ def _settle_rows(plan: StepPlan, multiple: int, given: int | None) -> StepPlan:
     Raises:
         ConfigError: If a pair alone passes the budget, or the given count does not fit the ranks or the budget.
     """
-    costs, budget = plan._costs, plan.max_tokens_per_row
+    costs, multiple_of = plan._costs, plan.row_length_multiple_of
+    budget = plan.max_tokens_per_row // multiple_of * multiple_of  # what a row may have before its last padding
     pair = int(costs.argmax())
     if costs[pair] > budget:
+        least = round_up(int(costs[pair]), multiple_of)
         raise ConfigError(
-            f"data.max_tokens_per_row ({budget}) must hold the longest pair: pair {pair} takes {costs[pair]} tokens "
-            f"with padding. Use at least {costs[pair]}, or lower data.max_length."
+            f"data.max_tokens_per_row ({plan.max_tokens_per_row}) must hold the longest pair: pair {pair} takes "
+            f"{least} tokens with padding. Use at least {least}, or lower data.max_length."
         )
     fewest = _fewest_rows(plan.order, costs, plan.num_steps, budget, multiple)
     if given is None:
@@ -384,9 +366,10 @@ def _settle_rows(plan: StepPlan, multiple: int, given: int | None) -> StepPlan:
         )
     if given < fewest:
         raise ConfigError(
-            f"data.rows_per_step ({given}) is too few for data.max_tokens_per_row ({budget}): it takes {fewest} rows "
-            f"to keep every step within the budget. Use {fewest}, or raise data.max_tokens_per_row. Where a "
-            "checkpoint fixes the rows, raise that, or set data.share_prefix and data.pad_to_multiple_of as they were."
+            f"data.rows_per_step ({given}) is too few for data.max_tokens_per_row ({plan.max_tokens_per_row}): it "
+            f"takes {fewest} rows to keep every step within the budget. Use {fewest}, or raise "
+            "data.max_tokens_per_row. Where a checkpoint fixes the rows, raise that, or set data.share_prefix and "
+            "data.pad_to_multiple_of as they were."
         )
     return replace(plan, rows_per_step=given)
 

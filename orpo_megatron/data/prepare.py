@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orpo_megatron.config import ConfigError, DataConfig
-from orpo_megatron.data.plan import NllScope, StepPlan, make_eval_plan, make_plan
+from orpo_megatron.data.plan import NllScope, Padding, StepPlan, make_eval_plan, make_plan
 from orpo_megatron.data.prefix import choose_prefix
 from orpo_megatron.data.sources import load_tokenizer
 from orpo_megatron.data.store import PairStore, prepare
@@ -43,7 +43,7 @@ def prepare_data(
     seed: int,
     num_steps: Callable[[int], int],
     rows_multiple_of: int,
-    sequence_multiple_of: int,
+    padding: Padding,
     rows_per_step: int | None,
     prefix_conflict: str | None,
     on_gpu: bool,
@@ -60,7 +60,7 @@ def prepare_data(
         seed: Seed of the order of pairs.
         num_steps: Tells the optimizer steps for a number of pairs.
         rows_multiple_of: As in ``make_plan``.
-        sequence_multiple_of: As in ``make_plan``.
+        padding: What lengths have to be a multiple of.
         rows_per_step: Rows of a step as a checkpoint fixed them, or None.
         prefix_conflict: What of the run a shared prompt does not go with, in words, if there is anything.
         on_gpu: Whether the run is for a GPU.
@@ -100,7 +100,8 @@ def prepare_data(
         max_tokens_per_row=data.row_budget,
         rows_multiple_of=rows_multiple_of,
         rows_per_step=rows_per_step or data.rows_per_step,
-        sequence_multiple_of=sequence_multiple_of,
+        sequence_multiple_of=padding.sequence,
+        row_length_multiple_of=padding.row,
         share_prefix=prefix.shared,
     )
     eval_plan = None
@@ -111,14 +112,15 @@ def prepare_data(
             pairs_per_step=data.pairs_per_step,
             max_tokens_per_row=data.row_budget,
             rows_multiple_of=rows_multiple_of,
-            sequence_multiple_of=sequence_multiple_of,
+            sequence_multiple_of=padding.sequence,
+            row_length_multiple_of=padding.row,
             share_prefix=prefix.shared,
         )
     return Prepared(store, plan, eval_store, eval_plan, prefix.why)
 
 
-def split_multiple(sequence_ranks: int, cp_size: int, *, fp8: bool, mxfp8: bool, pad_to_multiple_of: int) -> int:
-    """Returns what kernels, the split of rows and the user demand a packed sequence's length to be a multiple of.
+def padding_of(sequence_ranks: int, cp_size: int, *, fp8: bool, mxfp8: bool, pad_to_multiple_of: int) -> Padding:
+    """Returns what kernels, the split of rows and the user demand.
 
     Args:
         sequence_ranks: Ranks that each hold a part of a row: those of sequence and context parallel.
@@ -127,7 +129,7 @@ def split_multiple(sequence_ranks: int, cp_size: int, *, fp8: bool, mxfp8: bool,
         mxfp8: Whether they are in MXFP8.
         pad_to_multiple_of: ``data.pad_to_multiple_of``.
     """
-    # Each rank's tokens in multiples of 32 for MXFP8 and of 16 for other FP8 (Megatron-Core 0.19, fp8_utils).
-    kernels = sequence_ranks * (32 if mxfp8 else 16 if fp8 else 1)
     # Context parallel cuts each sequence into two chunks a rank.
-    return math.lcm(kernels, 2 * cp_size if cp_size > 1 else 1, pad_to_multiple_of)
+    sequence = math.lcm(2 * cp_size if cp_size > 1 else 1, pad_to_multiple_of)
+    # Each rank's tokens of a row in multiples of 32 for MXFP8 and of 16 for other FP8 (Megatron-Core 0.19, fp8_utils).
+    return Padding(sequence, math.lcm(sequence, sequence_ranks * (32 if mxfp8 else 16 if fp8 else 1)))

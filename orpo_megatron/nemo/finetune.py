@@ -16,7 +16,7 @@ from nemo import lightning as nl
 from orpo_megatron.agreement import Peers
 from orpo_megatron.config import ConfigError, DataConfig, OrpoConfig, build_section
 from orpo_megatron.console import rank, say
-from orpo_megatron.data.prepare import Prepared, prepare_data, split_multiple
+from orpo_megatron.data.prepare import Prepared, padding_of, prepare_data
 from orpo_megatron.facts import file_facts, pair_facts, start_facts
 from orpo_megatron.machine import use_machine
 from orpo_megatron.metrics import count_pairs
@@ -131,7 +131,7 @@ def _prepare(model: Any, data: PreferenceDataModule, trainer: nl.Trainer, object
         seed=data.seed,
         num_steps=lambda num_pairs: trainer.max_steps,
         rows_multiple_of=_data_parallel_size(trainer),
-        sequence_multiple_of=split_multiple(
+        padding=padding_of(
             (tp if strategy.sequence_parallel and tp > 1 else 1) * cp,
             cp,
             fp8=fp8,

@@ -68,13 +68,15 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
         path: JSON lines, each with ``step`` and values by name; null counts as not a number.
 
     Returns:
-        (step, value) by name, sorted by step. Where a step stands twice, as after a resume, the later line counts.
+        (step, value) by name, sorted by step. Where a step stands twice, as after a resume, the later line counts; a
+        last line that was cut off, when the run was killed, does not.
 
     Raises:
         ConfigError: If the file is missing or a line is not a JSON object with a step.
     """
     columns: dict[str, dict[float, float]] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    whole = _text(path).rpartition("\n")[0]
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             values = json.loads(line)
             step = values.pop("step")

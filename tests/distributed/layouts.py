@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orpo_megatron.bridge.parity import parse_sharding
-from orpo_megatron.data.plan import round_up
+from orpo_megatron.data.plan import Padding, round_up
+from orpo_megatron.data.prepare import padding_of
 
 SCOPES = ("prompt_and_response", "response")
 PADDINGS = ("packed", "padded", "shared")  # the last packs pairs that share their prompt
@@ -120,12 +121,13 @@ class Layout:
         sizes = parse_sharding(self.sizes)
         return 1 if self.replicate else self.processes // (sizes["tp"] * sizes["pp"] * sizes["cp"])
 
-    def multiple_of(self, padding: str) -> int:
-        """Returns what segments are padded to a multiple of: what the split needs, or at least the longest."""
+    def multiples_of(self, padding: str) -> Padding:
+        """Returns what lengths are padded to a multiple of: what the split needs, or at least the longest segment."""
         sizes = parse_sharding(self.sizes)
-        needed = (2 * sizes["cp"] if sizes["cp"] > 1 else 1) * (sizes["tp"] if sizes["sp"] else 1)
         longest = max(p + max(c, r) for p, c, r in list(zip(PROMPTS, CHOSEN, REJECTED, strict=True))[:PAIRS])
-        return round_up(longest, needed) if padding == "padded" else needed
+        ranks = sizes["cp"] * (sizes["tp"] if sizes["sp"] else 1)
+        least = round_up(longest, 2 * ranks) if padding == "padded" else 1
+        return padding_of(ranks, sizes["cp"], fp8=False, mxfp8=False, pad_to_multiple_of=least)
 
 
 SHARDED = {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}

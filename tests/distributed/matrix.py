@@ -40,7 +40,10 @@ from layouts import (
     reference_of,
 )
 
+from orpo_megatron.data.plan import Padding
+
 BETA = 0.1
+UNPADDED = Padding(1, 1)
 ADAPTERS = "adapters"  # the folder of their weights, which are drawn at random
 
 
@@ -65,7 +68,7 @@ def draw_pairs(count: int) -> list[Pair]:
 
 
 def make_rows(
-    num_pairs: int, scope: str, num_rows: int, multiple: int, fill: bool = False, share: bool = False
+    num_pairs: int, scope: str, num_rows: int, padding: Padding, fill: bool = False, share: bool = False
 ) -> list[Any]:
     """Packs pairs as a plan does; a row may be left without any, and holds padding, or a sequence not scored."""
     from orpo_megatron.data.dataset import pack_row
@@ -80,7 +83,8 @@ def make_rows(
             [pairs[pair] for pair in row],
             np.array(row, dtype=np.int64),
             nll_scope=scope,
-            sequence_multiple_of=multiple,
+            sequence_multiple_of=padding.sequence,
+            row_length_multiple_of=padding.row,
             pad_token_id=0,
             num_nll_tokens=int(lengths.nll_tokens(scope).sum()),
             num_pairs=len(pairs),
@@ -136,7 +140,7 @@ def write_references(folder: Path) -> None:
                 metrics = session.run(reference_rows(batch), OrpoConfig(BETA, batch.scope))
                 session.save_gradients(folder / batch.name)
                 write(folder / batch.name, metrics=metrics, names=sorted(session.trainable()))
-            rows, objective = make_rows(EVAL_PAIRS, SCOPES[0], 1, 1), OrpoConfig(BETA, SCOPES[0])
+            rows, objective = make_rows(EVAL_PAIRS, SCOPES[0], 1, UNPADDED), OrpoConfig(BETA, SCOPES[0])
             # What an evaluation finds is what training finds, and more.
             metrics = session.evaluate(rows, objective) | session.run(rows, objective)
             write(folder / f"{model}-evaluation", metrics=metrics)
@@ -169,7 +173,7 @@ def read(path: Path) -> dict[str, Any]:
 def reference_rows(reference: Reference) -> list[Any]:
     """Returns the rows of a reference, without padding."""
     filled = MODELS[reference.model].same_rows
-    return make_rows(reference.pairs, reference.scope, reference.rows, 1, filled)
+    return make_rows(reference.pairs, reference.scope, reference.rows, UNPADDED, filled)
 
 
 def run_layout(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -227,8 +231,8 @@ def case_rows(layout: Layout, case: Case) -> list[Any]:
     """Returns all rows of a batch."""
     num_rows = case.microbatches * layout.replicas
     fill = MODELS[layout.model].same_rows
-    multiple, share = layout.multiple_of(case.padding), case.padding == "shared"
-    return make_rows(case.pairs, case.scope, num_rows, multiple, fill, share)
+    padding, share = layout.multiples_of(case.padding), case.padding == "shared"
+    return make_rows(case.pairs, case.scope, num_rows, padding, fill, share)
 
 
 def run_case(session: Any, layout: Layout, case: Case, reference: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +252,7 @@ def run_evaluation(session: Any, layout: Layout, expected: dict[str, float]) -> 
     from orpo_megatron.config import OrpoConfig
 
     num_rows = 2 * session.recipe.data_parallel_size(layout.processes)
-    rows = make_rows(EVAL_PAIRS, SCOPES[0], num_rows, layout.multiple_of("packed"))
+    rows = make_rows(EVAL_PAIRS, SCOPES[0], num_rows, layout.multiples_of("packed"))
     return metric_errors(expected, session.evaluate(rows, OrpoConfig(BETA, SCOPES[0])), BETA)
 
 

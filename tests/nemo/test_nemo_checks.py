@@ -91,13 +91,16 @@ def test_adapters_leave_the_loss_exact(adapters: dict[str, Any], message: str) -
 def test_what_makes_no_other_model_is_put_right_and_said() -> None:
     from orpo_megatron.nemo.fit import check_model, fit_model
 
-    parts = tiny(model__config__calculate_per_token_loss=True)
+    parts = tiny(model__config__calculate_per_token_loss=True, trainer__strategy__ddp__check_for_nan_in_grad=True)
     check_model(parts["model"])
     changes = fit_model(parts["model"], parts["trainer"], share_prefix=False)
     assert changes == [
         "orpo() set model.config.calculate_per_token_loss from True to False: the loss is divided by counts of the "
-        "whole global batch already."
+        "whole global batch already.",
+        "orpo() set trainer.strategy.ddp.check_for_nan_in_grad from True to False: one rank would fail while the "
+        "others wait. Every step's loss and gradients are looked at on all ranks together.",
     ]
+    assert not parts["trainer"].strategy.ddp_config.check_for_nan_in_grad
     assert not parts["model"].config.calculate_per_token_loss
     assert fit_model(parts["model"], parts["trainer"], share_prefix=False) == []
 

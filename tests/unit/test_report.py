@@ -219,6 +219,12 @@ def test_broken_metrics_line_is_named(tmp_path: Path, line: str) -> None:
         read_metrics(path)
 
 
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 4}\n{"step": 2, "lo')
+    assert read_metrics(path) == {"loss": [(1, 4.0)]}
+
+
 def test_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"recipe.yaml does not exist"):
         write_report(tmp_path)

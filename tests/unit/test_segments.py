@@ -133,7 +133,7 @@ def test_row_without_pairs() -> None:
 
 
 def row_of(
-    sizes: list[tuple[int, int, int]], multiple: int, response_only: bool = False, share: bool = False
+    sizes: list[tuple[int, int, int]], multiple: int, response_only: bool = False, share: bool = False, whole: int = 1
 ) -> PackedRow:
     """The row of pairs of so many prompt, chosen and rejected tokens, with token ids from 1 on."""
     pairs = [TokenizedPair(*np.split(np.arange(1, sum(parts) + 1), np.cumsum(parts)[:2])) for parts in sizes]
@@ -142,6 +142,7 @@ def row_of(
         np.arange(len(pairs)),
         nll_scope="response" if response_only else "prompt_and_response",
         sequence_multiple_of=multiple,
+        row_length_multiple_of=whole,
         pad_token_id=0,
         num_nll_tokens=1,
         num_pairs=1,
@@ -189,6 +190,23 @@ def test_a_sequence_that_cannot_be_cut_is_refused(cp_size: int, length: int, mul
             f"A packed sequence of {length} tokens cannot be split over context parallel size {cp_size}: its length "
             f"must be a multiple of {multiple}. Pad it to {padded} tokens."
         )
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_row_padded_as_a_whole_is_cut_into_shares_of_one_length(share: bool) -> None:
+    """Sequences in multiples of 4, for context parallel 2, and the row of 12, for tensor parallel 3 beneath."""
+    plain, row = (row_of([(3, 4, 1), (2, 6, 9)], multiple=4, share=share, whole=whole) for whole in (4, 12))
+    assert len(row.tokens) % 12 == 0 != len(plain.tokens) % 12
+    shards, of_plain = shards_of(row, 2), shards_of(plain, 2)
+    assert [len(shard.tokens) for shard in shards] == [len(row.tokens) // 2] * 2
+    for name in ("score_labels", "score_is_response"):  # in another order: the last sequence is cut elsewhere
+        mine, theirs = (torch.cat([getattr(shard, name) for shard in of]).sort().values for of in (shards, of_plain))
+        assert mine.tolist() == theirs.tolist()
+    for shard in shards:  # each label is still that of the token after its position
+        places = shard.position_ids[shard.score_positions]
+        tokens = shard.tokens[shard.score_positions]
+        assert len(places) == len(shard.score_labels) and not shard.padding_mask[shard.score_positions].any()
+        assert (tokens > 0).all()
 
 
 def test_context_shard_by_hand() -> None:

@@ -22,7 +22,7 @@ from orpo_megatron.bridge.conversion.weights import SHARD_BYTES, StoredWeights, 
 from orpo_megatron.bridge.model import CompletedBridge, fit_to_machine, make_bridge, set_dtype
 from orpo_megatron.bridge.prepare import load_hf_config
 from orpo_megatron.bridge.recipe import Recipe
-from orpo_megatron.bridge.rundir import RECIPE, read_run, write_model_card
+from orpo_megatron.bridge.rundir import RECIPE, read_run, run_dir_of, write_model_card
 from orpo_megatron.config import ConfigError
 from orpo_megatron.console import ByteProgress, say
 from orpo_megatron.core.local import takes_local_layers
@@ -92,7 +92,7 @@ def export_model(run: Path, folder: Path, options: Options, hf: str | None = Non
     checkpoint = checkpoint_folder(run)
     elements, trust = stored_elements(checkpoint), options.trust_remote_code
     dtype = DTYPES.get(options.dtype, stored_dtype(checkpoint))
-    run_dir = checkpoint.parent.parent
+    run_dir = run_dir_of(checkpoint.parent)
     from_recipe = hf is None and (run_dir / RECIPE).is_file()
     if from_recipe:
         recipe = read_run(run_dir)

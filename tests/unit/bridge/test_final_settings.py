@@ -159,6 +159,8 @@ def test_rotary_embedding_and_gated_silu_are_fused(bridge_on_cpu: None) -> None:
     assert fused(position_embedding_type="rope", gated_linear_unit=True, activation_func=silu) == (True, True)
     assert fused(position_embedding_type="yarn", gated_linear_unit=True, activation_func=gelu) == (False, False)
     assert fused(position_embedding_type="rope", activation_func=silu) == (True, False)
+    clamped = {"gated_linear_unit": True, "activation_func": silu, "activation_func_clamp_value": 7.0}
+    assert fused(position_embedding_type="rope", **clamped) == (True, False)  # the fused kernel would not clamp
 
 
 @pytest.mark.parametrize("section", ["ddp", "optimizer"])

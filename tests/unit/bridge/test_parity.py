@@ -1,3 +1,4 @@
+import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from orpo_megatron.bridge import parity
 from orpo_megatron.bridge.parity import Comparison, GradientError
 from orpo_megatron.bridge.recipe import Recipe, load_recipe
 from orpo_megatron.config import ConfigError
-from orpo_megatron.data.plan import PairLengths, make_plan
+from orpo_megatron.data.dataset import pack_row
+from orpo_megatron.data.plan import Padding, PairLengths, make_plan
+from orpo_megatron.data.tokens import TokenizedPair
 
 REPO = Path(__file__).parents[3]
 
@@ -105,13 +108,42 @@ def test_the_first_batch_has_the_pairs_of_a_plan_in_its_rows_whatever_the_paddin
         rows_per_step=2,
     )
 
-    packed = parity.first_batch(store, plan, 1)  # type: ignore[arg-type]
-    padded = parity.first_batch(store, plan, 8)  # type: ignore[arg-type]
+    packed = parity.first_batch(store, plan)  # type: ignore[arg-type]
+    padded = parity.first_batch(store, plan, Padding(8, 8))  # type: ignore[arg-type]
 
     assert [row.pair_ids.tolist() for row in packed] == [row.pair_ids.tolist() for row in padded] == [[2], [0, 1]]
     assert [len(row.tokens) for row in packed] == [2 * 2 + 7 + 3, 2 * 3 + 2 + 4 + 2 * 5 + 1 + 1]
     assert [len(row.tokens) for row in padded] == [16 + 8, 8 + 8 + 8 + 8]
+    rows = parity.first_batch(store, plan, Padding(1, 8))  # type: ignore[arg-type]
+    assert [len(row.tokens) for row in rows] == [16, 24]
     assert {(row.num_pairs, row.num_nll_tokens) for row in packed + padded} == {(3, 2 + 1 + 7)}
+
+
+def test_kept_rows_that_a_split_cannot_take_are_refused() -> None:
+    spec = importlib.util.spec_from_file_location("verify_parity", REPO / "tools" / "verify_parity.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    row = pack_row(
+        [TokenizedPair(*(np.arange(1, size + 1) for size in (3, 5, 1)))],
+        np.array([0]),
+        nll_scope="response",
+        sequence_multiple_of=4,
+        pad_token_id=0,
+        num_nll_tokens=5,
+        num_pairs=1,
+    )
+    assert row.cu_seqlens.tolist() == [0, 8, 12]
+    tool.check_batch([row, row], "kept.pt", [Padding(1, 1), Padding(4, 6)], 2)
+    for paddings, message in (
+        ([Padding(8, 8), Padding(1, 1)], r"kept\.pt holds a sequence of 4 tokens .* take multiples of 8\. Use"),
+        ([Padding(1, 1), Padding(4, 8)], r"kept\.pt holds a row of 12 tokens .* take multiples of 8\. Use"),
+        ([Padding(1, 4), Padding(1, 5)], r"kept\.pt holds a row of 12 tokens .* take multiples of 20\. Use"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tool.check_batch([row, row], "kept.pt", paddings, 2)
+    with pytest.raises(ConfigError, match=r"kept\.pt holds 2 rows, but the recipe plans 4 a step"):
+        tool.check_batch([row, row], "kept.pt", [], 4)
 
 
 class TestMetricErrors:

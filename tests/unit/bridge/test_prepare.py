@@ -18,8 +18,8 @@ from orpo_megatron.bridge.prepare import (
     local_model,
     model_source,
     num_steps,
+    padding,
     prepare_run,
-    sequence_multiple,
 )
 from orpo_megatron.bridge.recipe import build_recipe
 from orpo_megatron.config import ConfigError
@@ -45,61 +45,61 @@ def test_steps_follow_from_epochs_of_whole_and_ragged_steps(
 
 
 @pytest.mark.parametrize(
-    ("model", "precision", "multiple"),
+    ("model", "precision", "multiples"),
     [
-        ({}, None, 1),
-        ({"tensor_model_parallel_size": 4}, None, 1),
-        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, None, 4),
-        ({"tensor_model_parallel_size": 4, "sequence_parallel": False}, "bf16_mixed", 1),
-        ({}, "bf16_with_fp8_current_scaling_mixed", 16),
-        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, "bf16_with_mxfp8_mixed", 128),
-        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, {"fp8": "hybrid"}, 48),
-        ({}, {"bf16": True}, 1),
-        ({}, {"bf16": True, "fp8": None}, 1),
-        ({"context_parallel_size": 2}, None, 4),  # two chunks a rank
-        ({"context_parallel_size": 3}, "bf16_mixed", 6),
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2}, None, 4),
+        ({}, None, (1, 1)),
+        ({"tensor_model_parallel_size": 4}, None, (1, 1)),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, None, (1, 4)),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": False}, "bf16_mixed", (1, 1)),
+        ({}, "bf16_with_fp8_current_scaling_mixed", (1, 16)),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, "bf16_with_mxfp8_mixed", (1, 128)),
+        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, {"fp8": "hybrid"}, (1, 48)),
+        ({}, {"bf16": True}, (1, 1)),
+        ({}, {"bf16": True, "fp8": None}, (1, 1)),
+        ({"context_parallel_size": 2}, None, (4, 4)),  # two chunks a rank
+        ({"context_parallel_size": 3}, "bf16_mixed", (6, 6)),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2}, None, (4, 4)),
         # A rank's share, half or a third of the sequence, is cut again over the tensor ranks.
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, None, 4),
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True}, None, 12),
-        ({"context_parallel_size": 3, "tensor_model_parallel_size": 4, "sequence_parallel": True}, None, 12),
-        ({"context_parallel_size": 2}, "bf16_with_fp8_current_scaling_mixed", 32),
-        ({"context_parallel_size": 2}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}, 64),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, None, (4, 4)),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True}, None, (4, 12)),
+        ({"context_parallel_size": 3, "tensor_model_parallel_size": 4, "sequence_parallel": True}, None, (6, 12)),
+        ({"context_parallel_size": 2}, "bf16_with_fp8_current_scaling_mixed", (4, 32)),
+        ({"context_parallel_size": 2}, {"fp8": "hybrid", "fp8_recipe": "mxfp8"}, (4, 64)),
         (
             {"context_parallel_size": 2, "tensor_model_parallel_size": 4, "sequence_parallel": True},
             "bf16_with_mxfp8_mixed",
-            256,
+            (4, 256),
         ),
     ],
 )
-def test_sequences_are_padded_to_what_kernels_and_splits_demand(
-    values: Values, model: Values, precision: Any, multiple: int
+def test_sequences_and_rows_are_padded_to_what_kernels_and_splits_demand(
+    values: Values, model: Values, precision: Any, multiples: tuple[int, int]
 ) -> None:
     values["model"].update(model)
-    assert sequence_multiple(build_recipe({**values, "mixed_precision": precision})) == multiple
+    assert padding(build_recipe({**values, "mixed_precision": precision})) == multiples
 
 
 @pytest.mark.parametrize(
-    ("given", "model", "multiple"),
+    ("given", "model", "multiples"),
     [
-        (6, {}, 6),
-        (6, {"context_parallel_size": 2}, 12),
-        (64, {"context_parallel_size": 2}, 64),  # 4 divides it
-        (6, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, 12),
+        (6, {}, (6, 6)),
+        (6, {"context_parallel_size": 2}, (12, 12)),
+        (64, {"context_parallel_size": 2}, (64, 64)),  # 4 divides it
+        (6, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, (6, 12)),
     ],
 )
 def test_sequences_are_padded_to_what_the_recipe_asks_for_as_well(
-    values: Values, given: int, model: Values, multiple: int
+    values: Values, given: int, model: Values, multiples: tuple[int, int]
 ) -> None:
     values["data"]["pad_to_multiple_of"] = given
     values["model"].update(model)
-    assert sequence_multiple(build_recipe(values)) == multiple
+    assert padding(build_recipe(values)) == multiples
 
 
 def test_fp4_is_refused(values: Values) -> None:
     for precision in ("bf16_with_nvfp4_mixed", {"fp4": "e2m1"}):
         with pytest.raises(ConfigError, match=r"^mixed_precision \(.*\) must not be FP4: this version does not train"):
-            sequence_multiple(build_recipe({**values, "mixed_precision": precision}))
+            padding(build_recipe({**values, "mixed_precision": precision}))
 
 
 def weights_of(values: Values) -> dict[str, torch.Tensor]:
@@ -270,8 +270,8 @@ def test_rows_are_a_multiple_of_what_all_ranks_take_at_once(
     prepared = prepare_run(recipe, load_hf_config(recipe), world_size, None, show_progress=False)
     assert prepared.eval_plan is not None
     assert (prepared.plan.rows_per_step, prepared.eval_plan.rows_per_step) == (rows, rows)
-    multiple = sequence_multiple(recipe)
-    assert prepared.plan.sequence_multiple_of == prepared.eval_plan.sequence_multiple_of == multiple
+    for plan in (prepared.plan, prepared.eval_plan):
+        assert (plan.sequence_multiple_of, plan.row_length_multiple_of) == padding(recipe)
     if rows > 1:
         with pytest.raises(
             ConfigError, match=rf"^data.rows_per_step \({rows + 1}\) must be a multiple of {rows}, the"

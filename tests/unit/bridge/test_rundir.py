@@ -22,6 +22,7 @@ from orpo_megatron.bridge.rundir import (
     latest_step,
     read_record,
     read_run,
+    run_dir_of,
     trajectory,
     versions,
     write_model_card,
@@ -154,6 +155,10 @@ def test_the_latest_step_is_what_the_tracker_says(tmp_path: Path) -> None:
     tracker.write_text("")
     with pytest.raises(ConfigError, match=r"iteration.txt \(''\) must hold the step of a checkpoint. Write it, or"):
         latest_step(tmp_path)
+
+
+def test_a_run_is_found_by_its_checkpoints() -> None:
+    assert run_dir_of(Path("/results/a/checkpoints")) == run_dir_of(Path("/results/a")) == Path("/results/a")
 
 
 def test_the_last_metrics_are_of_the_last_step_and_evaluation(tmp_path: Path) -> None:

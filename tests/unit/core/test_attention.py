@@ -38,7 +38,7 @@ def packed(
     row = PackedRow(
         tokens=nothing,
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        padding_mask=nothing,
+        padding_mask=torch.zeros(sum(lengths), dtype=torch.bool),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         prompt_ends=torch.tensor(prompt_ends),
         chosen_ends=torch.tensor(chosen_ends),

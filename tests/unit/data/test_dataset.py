@@ -127,7 +127,7 @@ def test_row_by_hand_response_only_and_padded() -> None:
 def test_row_by_hand_with_shared_prompts() -> None:
     """Pair A takes 3 + 2 + 1 tokens and two of padding, pair B 1 + 1 + 2; each prompt's end is scored twice."""
     row = rows_of([B, A], sequence_multiple_of=4, share_prefix=True)[0]
-    assert row.shares_prefix and (row.max_seqlen, row.longest_sequence) == (8, 6)  # pair A; its rejected side, padded
+    assert row.shares_prefix and (row.max_seqlen, row.longest_sequence) == (8, 5)  # pair A; its chosen side
     assert values(row) == {
         "tokens": [11, 12, 13, 21, 22, 31, PAD, PAD, 14, 23, 32, 33],
         "position_ids": [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2],
@@ -145,6 +145,30 @@ def test_row_by_hand_with_shared_prompts() -> None:
         "num_nll_tokens": 5,
         "num_pairs": 2,
     }
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_a_rows_last_sequence_is_padded_to_what_the_row_takes(share_prefix: bool) -> None:
+    """Instead of every sequence: pairs A and B take 5 + 4 + 2 + 3 tokens, or 6 + 4; of these 16 or 12 are a row."""
+    plain = values(rows_of([B, A], share_prefix=share_prefix)[0])
+    row = values(rows_of([B, A], share_prefix=share_prefix, row_length_multiple_of=4)[0])
+    added = 2
+    last = plain["cu_seqlens"][-1] - plain["cu_seqlens"][-2]
+    assert row["tokens"] == plain["tokens"] + [PAD] * added
+    assert row["padding_mask"] == plain["padding_mask"] + [True] * added
+    # It goes on counting from the end of the sequence, which with a shared prompt is the rejected one's.
+    ends = plain["position_ids"][-1]
+    assert row["position_ids"] == plain["position_ids"] + [ends + 1, ends + 2]
+    assert row["cu_seqlens"] == [*plain["cu_seqlens"][:-1], plain["cu_seqlens"][-1] + added]
+    for name in ("prompt_ends", "chosen_ends"):
+        end = plain[name][-1]
+        assert row[name] == [*plain[name][:-1], end if share_prefix else last + added]
+    same = {"score_positions", "score_labels", "score_is_response", "score_lengths", "num_scored_tokens"}
+    assert {name: row[name] for name in same} == {name: plain[name] for name in same}
+
+
+def test_a_row_without_pairs_has_the_length_that_a_row_takes() -> None:
+    assert [len(row.tokens) for row in every_row(rows_of([A], rows_per_step=2, row_length_multiple_of=8))] == [16, 8]
 
 
 NOTHING_SCORED: dict[str, Any] = {
@@ -216,12 +240,12 @@ def stores(draw: st.DrawFn) -> list[Pair]:
 @given(
     stores(),
     st.sampled_from(["prompt_and_response", "response"]),
-    st.sampled_from([1, 8]),
+    st.sampled_from([(1, 1), (8, 8), (1, 16), (4, 16)]),
     st.integers(1, 5),
     st.booleans(),
 )
 def test_rows_hold_the_pairs_and_the_plan_counts_them(
-    store: list[Pair], nll_scope: NllScope, multiple: int, pairs_per_step: int, share_prefix: bool
+    store: list[Pair], nll_scope: NllScope, multiples: tuple[int, int], pairs_per_step: int, share_prefix: bool
 ) -> None:
     dataset = rows_of(
         store,
@@ -229,7 +253,8 @@ def test_rows_hold_the_pairs_and_the_plan_counts_them(
         pairs_per_step=pairs_per_step,
         shuffle=True,
         max_tokens_per_row=64,
-        sequence_multiple_of=multiple,
+        sequence_multiple_of=multiples[0],
+        row_length_multiple_of=multiples[1],
         share_prefix=share_prefix,
     )
     plan, seen = dataset.plan, []
@@ -238,7 +263,7 @@ def test_rows_hold_the_pairs_and_the_plan_counts_them(
         num_nll_tokens = 0
         for row in rows:
             assert len(row.tokens) == len(row.position_ids) == row.cu_seqlens[-1] <= 64
-            assert not (row.cu_seqlens % multiple).any()
+            assert not (row.cu_seqlens % multiples[0]).any() and not len(row.tokens) % multiples[1]
             assert row.shares_prefix == (share_prefix and len(row.pair_ids) > 0)
             sides = list(sequences(row))
             for i, pair_id in enumerate(row.pair_ids.tolist()):
@@ -297,6 +322,7 @@ def test_denominators_are_what_the_rows_hold(
         max_tokens_per_row=64,
         rows_multiple_of=rows_multiple_of,
         sequence_multiple_of=multiple,
+        row_length_multiple_of=multiple * (1 + fill),
     )
     lengths = lengths_of(store)
     num_steps = 2 * -(-len(store) // pairs_per_step)

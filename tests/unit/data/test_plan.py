@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orpo_megatron.config import ConfigError
 from orpo_megatron.data.packing import balance, longest_rows
-from orpo_megatron.data.plan import PairLengths, PairOrder, StepPlan, make_eval_plan, make_plan
+from orpo_megatron.data.plan import PairLengths, PairOrder, StepPlan, make_eval_plan, make_plan, round_up
 
 # Tokens of both sides, 2 * prompt + chosen + rejected: 13, 15, 12, 7, 13.
 FIVE = PairLengths(np.array([4, 2, 3, 1, 5]), np.array([3, 6, 2, 2, 1]), np.array([2, 5, 4, 3, 2]))
@@ -43,6 +43,7 @@ def lengths_of_pairs(draw: st.DrawFn) -> PairLengths:
 @st.composite
 def plan_settings(draw: st.DrawFn) -> dict[str, Any]:
     """Draws settings; the budget is what the longest pair can take (2 * 64 tokens padded) and up to twice that."""
+    sequence_multiple_of = draw(st.sampled_from([1, 2, 16]))
     return dict(
         pairs_per_step=draw(st.integers(1, 9)),
         num_steps=draw(st.integers(1, 12)),
@@ -50,7 +51,8 @@ def plan_settings(draw: st.DrawFn) -> dict[str, Any]:
         shuffle=draw(st.booleans()),
         max_tokens_per_row=draw(st.integers(128, 256)),
         rows_multiple_of=draw(st.integers(1, 3)),
-        sequence_multiple_of=draw(st.sampled_from([1, 2, 16])),
+        sequence_multiple_of=sequence_multiple_of,
+        row_length_multiple_of=sequence_multiple_of * draw(st.sampled_from([1, 2, 4])),
     )
 
 
@@ -195,10 +197,10 @@ def test_rows_fit_the_budget_and_fewer_would_not(lengths: PairLengths, settings:
     for step in range(plan.num_steps):
         rows = plan.rows(step)
         assert len(rows) == plan.rows_per_step
-        assert all(costs[row].sum() <= plan.max_tokens_per_row for row in rows)
+        assert all(round_up(costs[row].sum(), plan.row_length_multiple_of) <= plan.max_tokens_per_row for row in rows)
     for rows_per_step in range(multiple, plan.rows_per_step, multiple):
         loads = [max(balance(costs[plan.pairs(s)].tolist(), rows_per_step)[1]) for s in range(plan.num_steps)]
-        assert max(loads) > plan.max_tokens_per_row
+        assert round_up(max(loads), plan.row_length_multiple_of) > plan.max_tokens_per_row
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 10))
@@ -232,7 +234,8 @@ def test_summary_by_hand() -> None:
 def test_summary_is_that_of_every_step_packed_by_itself(lengths: PairLengths, settings: dict[str, Any]) -> None:
     plan = plan_of(lengths, **settings)
     summary, costs = plan.summary(), lengths.padded_tokens(plan.sequence_multiple_of)
-    longest = [max(costs[row].sum() for row in plan.rows(step)) for step in range(plan.num_steps)]
+    of_steps = [max(costs[row].sum() for row in plan.rows(step)) for step in range(plan.num_steps)]
+    longest = [round_up(int(tokens), plan.row_length_multiple_of) for tokens in of_steps]
     num_tokens = [plan.num_tokens(step) for step in range(plan.num_steps)]
     assert (summary.num_tokens, summary.longest_row) == (sum(num_tokens), max(longest))
     fill = [tokens / (plan.rows_per_step * most) for tokens, most in zip(num_tokens, longest, strict=True)]
@@ -260,6 +263,9 @@ def test_budget_below_the_longest_pair_is_refused() -> None:
         plan_of(FIVE, max_tokens_per_row=14)
     with pytest.raises(ConfigError, match=r"pair 0 takes 16 tokens"):
         plan_of(FIVE, max_tokens_per_row=15, sequence_multiple_of=4)
+    with pytest.raises(ConfigError, match=r"max_tokens_per_row \(15\).*pair 1 takes 16 tokens.*at least 16"):
+        plan_of(FIVE, max_tokens_per_row=15, row_length_multiple_of=8)
+    assert plan_of(FIVE, max_tokens_per_row=16, row_length_multiple_of=8).summary().longest_row == 16
 
 
 def test_row_count_that_does_not_fit_is_refused() -> None:
