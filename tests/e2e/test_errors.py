@@ -135,6 +135,7 @@ def test_a_checkpoint_of_another_model(tiny: TinyRecipe, tmp_path: Path) -> None
     folder = tmp_path / "megatron" / "iter_0000007"
     folder.mkdir(parents=True)
     (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": {"num_layers": 4, "hidden_size": 64}}))
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("7")
     message = refusal(*tiny.arguments(tmp_path / "run", f"checkpoint.pretrained_checkpoint={folder.parent}"))
     assert message == (
         f"The checkpoint {folder} is of another model: its hidden_size is 64, the recipe's model has 128. Give the "
