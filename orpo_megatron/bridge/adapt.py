@@ -21,7 +21,7 @@ from orpo_megatron.bridge.callbacks import RunMonitor
 from orpo_megatron.bridge.common import prepare_alike
 from orpo_megatron.bridge.guard import StepGuard
 from orpo_megatron.bridge.model import check_provider, fit_to_rows, make_bridge
-from orpo_megatron.bridge.prepare import load_hf_config, model_source
+from orpo_megatron.bridge.prepare import load_hf_config, local_model
 from orpo_megatron.bridge.recipe import LAYOUT_SETTINGS, Recipe, build_recipe
 from orpo_megatron.bridge.rundir import latest_step, plan_run, run_dir_of, write_records
 from orpo_megatron.bridge.train import make_dataset
@@ -292,7 +292,7 @@ def _take_rows(config: ConfigContainer, recipe: Recipe, prepared: Prepared) -> l
 def _start_from(config: ConfigContainer, recipe: Recipe, hf_config: PretrainedConfig) -> None:
     """Has a run start from Hugging Face weights; adapters take them as a checkpoint, which Bridge loads beneath."""
     if config.peft is not None:
-        config.checkpoint.pretrained_checkpoint = model_source(recipe)
+        config.checkpoint.pretrained_checkpoint = local_model(recipe)
         return
     bridge = make_bridge(recipe, hf_config)
     config.model.perform_initialization = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,14 @@ def first_pairs(tiny: TinyRecipe, folder: Path) -> tuple[Path, PairStore]:
 
 
 def run_example(
-    tiny: TinyRecipe, case: Case, home: Path, data: Path, run_dir: Path, starter: tuple[str, ...] = ()
+    tiny: TinyRecipe,
+    case: Case,
+    home: Path,
+    data: Path,
+    run_dir: Path,
+    starter: tuple[str, ...] = (),
+    checkpoints: str = "checkpoints",
+    overrides: tuple[str, ...] = (),
 ) -> Command:
     return tiny.command(
         *starter,
@@ -114,13 +121,14 @@ def run_example(
         case.recipe,
         str(data),
         *case.overrides,
-        f"checkpoint.save={run_dir}/checkpoints",
-        f"checkpoint.load={run_dir}/checkpoints",
+        f"checkpoint.save={run_dir / checkpoints}",
+        f"checkpoint.load={run_dir / checkpoints}",
         f"logger.tensorboard_dir={run_dir}/tensorboard",
         "mixed_precision=null",
         "scheduler.lr_warmup_iters=0",
         "train.train_iters=2",
         f"train.global_batch_size={PAIRS}",
+        *overrides,
         HF_HOME=str(home),
     )
 
@@ -142,6 +150,36 @@ def test_the_first_step_is_that_of_transformers(tiny: TinyRecipe, tmp_path: Path
     assert second["loss"] != first["loss"] and second["pairs"] == PAIRS
     assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert "orpo() set ddp.check_for_nan_in_grad from True to False" in output
+
+
+def test_adapters_go_on_and_are_exported_from_a_folder_of_any_name(tiny: TinyRecipe, tmp_path: Path) -> None:
+    """The run lies in the folder of its checkpoints; what it goes on from holds adapters alone."""
+    case = replace(CASES["llama"], recipe="llama32_1b_peft_1gpu_h100_bf16_config")
+    home, run_dir = tmp_path / "home", tmp_path / "lora"
+    base = put_in_hub_cache(case, home)
+    data, _ = first_pairs(tiny, tmp_path)
+
+    def go(*overrides: str) -> None:
+        # In bf16, as the recipe says: its optimizer saves no fp32 parameters.
+        overrides = ("mixed_precision=bf16_mixed", "checkpoint.save_interval=1", *overrides)
+        run_example(tiny, case, home, data, run_dir, checkpoints="", overrides=overrides).succeed()
+
+    go("train.exit_interval=1")
+    assert [record["step"] for record in read_metrics(run_dir)] == [1]
+    go()
+    first, second = read_metrics(run_dir)
+    assert (first["step"], second["step"]) == (1, 2) and second["loss"] < first["loss"]
+    assert (run_dir / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+    exported = tmp_path / "exported"
+    tiny.command(
+        str(REPO / "tools" / "convert.py"), "export", str(run_dir), str(exported), HF_HOME=str(home)
+    ).succeed()
+    assert "4 preference pairs" in (exported / "README.md").read_text()  # the run's own, with recipe and tokenizer
+    before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (base, exported))
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    changed = {name for (name, old), new in pairs if not torch.equal(old.bfloat16().float(), new)}
+    assert len(changed) == 2 * 7  # every matrix of two layers
 
 
 def test_a_family_that_needs_transformer_engine_is_refused_by_name(tiny: TinyRecipe, tmp_path: Path) -> None:
