@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orpo_megatron.config import ConfigError, DataConfig
 from orpo_megatron.data.plan import NllScope, Padding, StepPlan, make_eval_plan, make_plan
@@ -90,32 +91,24 @@ def prepare_data(
     store = store_of(data.train, data.train_split, "train")
     eval_store = store_of(data.eval, data.eval_split, "eval") if data.eval is not None else None
     prefix = choose_prefix(str(data.share_prefix), prefix_conflict, store.lengths, on_gpu=on_gpu)  # a word by now
+    alike: dict[str, Any] = {
+        "nll_scope": nll_scope,
+        "pairs_per_step": data.pairs_per_step,
+        "max_tokens_per_row": data.row_budget,
+        "rows_multiple_of": rows_multiple_of,
+        "sequence_multiple_of": padding.sequence,
+        "row_length_multiple_of": padding.row,
+        "share_prefix": prefix.shared,
+    }
     plan = make_plan(
         store.lengths,
-        nll_scope=nll_scope,
-        pairs_per_step=data.pairs_per_step,
         num_steps=num_steps(len(store)),
         seed=seed,
         shuffle=data.shuffle,
-        max_tokens_per_row=data.row_budget,
-        rows_multiple_of=rows_multiple_of,
         rows_per_step=rows_per_step or data.rows_per_step,
-        sequence_multiple_of=padding.sequence,
-        row_length_multiple_of=padding.row,
-        share_prefix=prefix.shared,
+        **alike,
     )
-    eval_plan = None
-    if eval_store is not None:
-        eval_plan = make_eval_plan(
-            eval_store.lengths,
-            nll_scope=nll_scope,
-            pairs_per_step=data.pairs_per_step,
-            max_tokens_per_row=data.row_budget,
-            rows_multiple_of=rows_multiple_of,
-            sequence_multiple_of=padding.sequence,
-            row_length_multiple_of=padding.row,
-            share_prefix=prefix.shared,
-        )
+    eval_plan = None if eval_store is None else make_eval_plan(eval_store.lengths, **alike)
     return Prepared(store, plan, eval_store, eval_plan, prefix.why)
 
 
