@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from orpo_megatron.config import ConfigError
@@ -42,6 +42,13 @@ EXACT_SETTINGS: dict[str, tuple[Any, str]] = {
     "mixed_precision.fp8_param": (False, _MASTERS),
     "mixed_precision.reuse_grad_buf_for_mxfp8_param_ag": (False, "it goes with fp8_param_gather"),
 }
+
+
+def exact_settings(section: str) -> Iterator[tuple[str, Any]]:
+    """Yields the settings of a section that must keep one value, with that value."""
+    for name, (value, _) in EXACT_SETTINGS.items():
+        if name.startswith(f"{section}."):
+            yield name.removeprefix(f"{section}."), value
 
 
 def check_adapted_modules(target_modules: Iterable[str]) -> None:

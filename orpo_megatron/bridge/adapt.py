@@ -240,7 +240,7 @@ def _set_right(config: ConfigContainer) -> list[str]:
         section, key = name.split(".")
         target = getattr(config, section, None)
         value = getattr(target, key, None)
-        if value is None or value == exact:
+        if value in (None, exact):
             continue
         if any(word in key for word in _STRATEGIES):
             raise ConfigError(f"config.{name} ({value}) must be {exact}: {reason}. Turn it off.")

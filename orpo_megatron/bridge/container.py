@@ -26,6 +26,7 @@ from orpo_megatron.bridge.recipe import Recipe
 from orpo_megatron.bridge.rundir import CHECKPOINTS
 from orpo_megatron.config import ConfigError, nearest
 from orpo_megatron.data.dataset import PackedRows, collate_fn
+from orpo_megatron.exact import exact_settings
 
 TENSORBOARD = "tensorboard"
 #: The sections that every container has, and those that it has only where a recipe writes them.
@@ -193,8 +194,8 @@ def _defaults(recipe: Recipe, dataset: PreferenceData, num_steps: int, eval_plan
 def _mixed_precision(value: Any) -> Any:
     """Returns Bridge's precision setting: a name such as ``bf16_mixed``, an object, or None for fp32.
 
-    Bridge's own FP8 precisions hold the weights in FP8 as well. Those start from what was in memory before weights of
-    Hugging Face are loaded, as far as the optimizer knows: see ``EXACT_SETTINGS``. Here they stay in bf16.
+    What ``EXACT_SETTINGS`` has of a precision is put right in Bridge's own: those of FP8 hold the weights in FP8 as
+    well, which stay in bf16 here.
     """
     if isinstance(value, str) and value.replace("-", "_") not in MIXED_PRECISION_RECIPES:
         raise ConfigError(
@@ -205,8 +206,8 @@ def _mixed_precision(value: Any) -> Any:
         return None
     if isinstance(value, str):
         precision = get_mixed_precision_config(value)
-        if not precision.fp8_param_gather:
-            return value
-        precision.fp8_param_gather = precision.reuse_grad_buf_for_mxfp8_param_ag = False
-        return precision
+        exact = {key: right for key, right in exact_settings("mixed_precision") if getattr(precision, key)}
+        for key, right in exact.items():
+            setattr(precision, key, right)
+        return precision if exact else value
     return apply_settings(MixedPrecisionConfig(), value, "mixed_precision")

@@ -125,31 +125,27 @@ def pack_row(
     Returns:
         The row, on the CPU.
     """
-    builder = _RowBuilder(sequence_multiple_of, pad_token_id)
+    builder = _RowBuilder(sequence_multiple_of, row_length_multiple_of, pad_token_id)
     for number, pair in enumerate(pairs, start=1):
-        first = 1 if nll_scope == "prompt_and_response" else len(pair.prompt)
-        if not share_prefix:
-            builder.add(np.concatenate((pair.prompt, pair.chosen)), first, len(pair.prompt))
-        if number == len(pairs):
-            builder.end_row_at_multiple_of(row_length_multiple_of)
+        first, last = 1 if nll_scope == "prompt_and_response" else len(pair.prompt), number == len(pairs)
         if share_prefix:
-            builder.add_shared(pair, first)
+            builder.add_shared(pair, first, last)
         else:
-            builder.add(np.concatenate((pair.prompt, pair.rejected)), len(pair.prompt), len(pair.prompt))
+            builder.add(np.concatenate((pair.prompt, pair.chosen)), first, len(pair.prompt), last=False)
+            builder.add(np.concatenate((pair.prompt, pair.rejected)), len(pair.prompt), len(pair.prompt), last)
     if not pairs:
         dummy = np.empty(0, dtype=np.int64) if filler is None else np.concatenate((filler.prompt, filler.chosen))
-        builder.end_row_at_multiple_of(row_length_multiple_of)
-        builder.add(dummy, first_scored=len(dummy), prompt_length=len(dummy))
+        builder.add(dummy, first_scored=len(dummy), prompt_length=len(dummy), last=True)
     return builder.row(pair_ids, num_nll_tokens, num_pairs)
 
 
 class _RowBuilder:
     """Collects the segments and the sequences of one row."""
 
-    def __init__(self, sequence_multiple_of: int, pad_token_id: int) -> None:
+    def __init__(self, sequence_multiple_of: int, row_length_multiple_of: int, pad_token_id: int) -> None:
         self._multiple = sequence_multiple_of
+        self._row_multiple = row_length_multiple_of
         self._pad_token_id = pad_token_id
-        self._row_multiple = 1
         self._starts = [0]
         self._prompt_ends: list[int] = []
         self._chosen_ends: list[int] = []
@@ -160,19 +156,15 @@ class _RowBuilder:
         self._score_labels: list[np.ndarray] = []
         self._score_is_response: list[np.ndarray] = []
 
-    def end_row_at_multiple_of(self, multiple: int) -> None:
-        """Has the next segment, which is the last, end where the row's length is a multiple."""
-        self._row_multiple = multiple
-
-    def add(self, tokens: np.ndarray, first_scored: int, prompt_length: int) -> None:
+    def add(self, tokens: np.ndarray, first_scored: int, prompt_length: int, last: bool) -> None:
         """Appends a sequence whose tokens from ``first_scored`` on are scored."""
         scored = np.arange(first_scored, len(tokens))
         self._score(scored - 1, tokens[scored], scored >= prompt_length)
-        length = self._append(tokens)
+        length = self._append(tokens, last)
         self._prompt_ends.append(length)
         self._chosen_ends.append(length)
 
-    def add_shared(self, pair: PairTokens, first_scored: int) -> None:
+    def add_shared(self, pair: PairTokens, first_scored: int, last: bool) -> None:
         """Appends both sequences of a pair with one prompt; the chosen one is scored from ``first_scored`` on."""
         prompt_end, chosen_end = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
         tokens = np.concatenate((pair.prompt, pair.chosen, pair.rejected))
@@ -181,7 +173,7 @@ class _RowBuilder:
         rejected = np.arange(chosen_end, len(tokens))
         before = np.concatenate(([prompt_end - 1], rejected[:-1]))  # the prompt's end predicts both first tokens
         self._score(before, pair.rejected, np.ones(len(rejected), dtype=bool))
-        self._append(tokens, rejected_start=chosen_end, skipped=len(pair.chosen))
+        self._append(tokens, last, rejected_start=chosen_end, skipped=len(pair.chosen))
         self._prompt_ends.append(prompt_end)
         self._chosen_ends.append(chosen_end)
 
@@ -191,11 +183,15 @@ class _RowBuilder:
         self._score_labels.append(labels.astype(np.int64))
         self._score_is_response.append(is_response)
 
-    def _append(self, tokens: np.ndarray, rejected_start: int | None = None, skipped: int = 0) -> int:
-        """Appends a segment, positions from ``rejected_start`` on less ``skipped``; returns its padded length."""
+    def _append(self, tokens: np.ndarray, last: bool, rejected_start: int | None = None, skipped: int = 0) -> int:
+        """Appends a segment, positions from ``rejected_start`` on less ``skipped``; returns its padded length.
+
+        The last one fills the row up to what its length is to be a multiple of.
+        """
         # Two tokens at least, so that a dummy sequence has a shape that attention kernels take.
-        start = self._starts[-1]
-        length = round_up(start + round_up(max(len(tokens), 2), self._multiple), self._row_multiple) - start
+        start, length = self._starts[-1], round_up(max(len(tokens), 2), self._multiple)
+        if last:
+            length = round_up(start + length, self._row_multiple) - start
         padded = np.full(length, self._pad_token_id, dtype=np.int64)
         padded[: len(tokens)] = tokens
         places = np.arange(length)

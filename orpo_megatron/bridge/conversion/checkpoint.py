@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from orpo_megatron.bridge.conversion.weights import read_headers, some
-from orpo_megatron.bridge.rundir import TRACKER, latest_step
+from orpo_megatron.bridge.rundir import CHECKPOINTS, TRACKER, latest_step
 from orpo_megatron.config import ConfigError
 
 RUN_CONFIG = "run_config.yaml"
@@ -32,7 +32,7 @@ def checkpoint_folder(path: Path) -> Path:
     for root in (path, path.parent):
         if (root / "context").is_dir() and (root / "weights").is_dir():
             raise ConfigError(_NEMO.format(path=root))
-    for root in (path, path / "checkpoints"):
+    for root in (path, path / CHECKPOINTS):
         if (root / RUN_CONFIG).is_file():
             return root
         if step := latest_step(root):  # a newer folder may be there that was never completed
